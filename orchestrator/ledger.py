@@ -1,0 +1,213 @@
+"""The ledger: what was asked for, what was tried, what came out. SQLite, one writer (the driver), the truth.
+
+MLflow, reports and `pare status` are projections of it. A task is done when its artifact is in the store; the ledger
+row follows the publication, and the next driver copies it from the manifest after a crash in between.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+from pare.orchestrator.errors import BusyError, ConfigError, LedgerError, nearest
+
+FORMAT = "1"
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT);
+CREATE TABLE IF NOT EXISTS sweep (id TEXT PRIMARY KEY, name TEXT, command TEXT, created REAL, about TEXT);
+CREATE TABLE IF NOT EXISTS run (id INTEGER PRIMARY KEY, sweep TEXT, started REAL, finished REAL, status TEXT, pid INTEGER,
+  total_if_separate INTEGER, unique_tasks INTEGER, executed INTEGER DEFAULT 0, cached INTEGER DEFAULT 0);
+CREATE TABLE IF NOT EXISTS trial (sweep TEXT, name TEXT, position INTEGER, block TEXT, recipe TEXT, overrides TEXT, config TEXT,
+  goals TEXT, status TEXT, failure TEXT, PRIMARY KEY (sweep, name));
+CREATE TABLE IF NOT EXISTS task (fingerprint TEXT PRIMARY KEY, type TEXT, label TEXT, record TEXT, status TEXT, digest TEXT,
+  result TEXT, cost TEXT, finished REAL);
+CREATE TABLE IF NOT EXISTS attempt (id INTEGER PRIMARY KEY, fingerprint TEXT, run INTEGER, number INTEGER, started REAL,
+  finished REAL, status TEXT, failure TEXT, message TEXT, cost TEXT);
+CREATE TABLE IF NOT EXISTS tracked (sweep TEXT PRIMARY KEY, digest TEXT);
+CREATE INDEX IF NOT EXISTS attempt_of ON attempt (fingerprint);
+"""
+
+
+class Ledger:
+    """Read and write access. Only a driver that holds the lock writes (`Ledger(home, write=True)`)."""
+
+    def __init__(self, home: Path, write: bool = False) -> None:
+        self.path = home / "ledger.db"
+        self._lock: int | None = None
+        if write:
+            home.mkdir(parents=True, exist_ok=True)
+            self._take_lock(home)
+        elif not self.path.exists():
+            raise ConfigError(f"there is no sweep in {home} yet. Try: pare run experiment=demo   (PARE_HOME chooses another place)")
+        try:
+            self.db = sqlite3.connect(self.path, isolation_level=None)
+            self.db.row_factory = sqlite3.Row
+            if write:
+                self.db.execute("PRAGMA journal_mode=WAL")
+                self.db.execute("PRAGMA synchronous=FULL")
+                self.db.executescript(TABLES)
+                self.db.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (FORMAT,))
+            found = self.db.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()[0]
+        except sqlite3.DatabaseError as e:
+            raise LedgerError(f"{self.path} cannot be read as a ledger: {e}. Move it away; artifacts in the store are kept.") from e
+        if found != FORMAT:
+            raise LedgerError(f"{self.path} has format {found}, this version of Pare reads format {FORMAT}")
+
+    def _take_lock(self, home: Path) -> None:
+        self._lock = os.open(home / "driver.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(self._lock, 64).decode().strip() or "unknown"
+            os.close(self._lock)
+            raise BusyError(
+                f"another `pare run` (process {holder}) works in {home}. Wait for it, or set PARE_HOME to another directory; "
+                "`pare status` shows how far it is."
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.write(self._lock, str(os.getpid()).encode())
+
+    def close(self) -> None:
+        self.db.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def rows(self, query: str, *values: Any) -> list[sqlite3.Row]:
+        return self.db.execute(query, values).fetchall()
+
+    # -- writing -------------------------------------------------------------------------------------------------
+
+    def start_run(self, sweep: str, name: str, command: str, about: dict[str, Any], unique: int, separate: int, cached: int) -> int:
+        """Records that a driver took up a sweep; attempts of dead drivers become `lost`."""
+        self.db.execute("UPDATE attempt SET status = 'lost', failure = 'lost_driver', finished = ? WHERE status = 'running'", (now(),))
+        self.db.execute("UPDATE run SET status = 'interrupted' WHERE status = 'running'")
+        self.db.execute("UPDATE trial SET status = 'pending' WHERE status = 'running'")
+        self.db.execute(
+            "INSERT INTO sweep VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET command = excluded.command, about = excluded.about",
+            (sweep, name, command, now(), json.dumps(about)),
+        )
+        cursor = self.db.execute(
+            "INSERT INTO run (sweep, started, status, pid, total_if_separate, unique_tasks, cached) VALUES (?, ?, 'running', ?, ?, ?, ?)",
+            (sweep, now(), os.getpid(), separate, unique, cached),
+        )
+        return int(cursor.lastrowid or 0)
+
+    def end_run(self, run: int, status: str) -> None:
+        self.db.execute("UPDATE run SET status = ?, finished = ? WHERE id = ?", (status, now(), run))
+
+    def put_trial(self, sweep: str, position: int, trial: dict[str, Any]) -> None:
+        self.db.execute(
+            "INSERT INTO trial VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (sweep, name) DO UPDATE SET position = excluded.position, "
+            "overrides = excluded.overrides, config = excluded.config, goals = excluded.goals, status = excluded.status, failure = excluded.failure",
+            (
+                sweep,
+                trial["name"],
+                position,
+                trial["block"],
+                trial["recipe"],
+                json.dumps(trial["overrides"]),
+                json.dumps(trial["config"]),
+                json.dumps(trial["goals"]),
+                trial["status"],
+                json.dumps(trial["failure"]),
+            ),
+        )
+
+    def set_trial(self, sweep: str, name: str, status: str, failure: dict[str, Any] | None = None) -> None:
+        self.db.execute(
+            "UPDATE trial SET status = ?, failure = ? WHERE sweep = ? AND name = ?", (status, json.dumps(failure), sweep, name)
+        )
+
+    def put_task(self, fingerprint: str, kind: str, label: str, record: dict[str, Any], status: str) -> None:
+        self.db.execute(
+            "INSERT INTO task (fingerprint, type, label, record, status) VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT (fingerprint) DO UPDATE SET status = excluded.status",
+            (fingerprint, kind, label, json.dumps(record), status),
+        )
+
+    def start_attempt(self, fingerprint: str, run: int) -> int:
+        number = self.rows("SELECT COUNT(*) FROM attempt WHERE fingerprint = ?", fingerprint)[0][0] + 1
+        cursor = self.db.execute(
+            "INSERT INTO attempt (fingerprint, run, number, started, status) VALUES (?, ?, ?, ?, 'running')",
+            (fingerprint, run, number, now()),
+        )
+        self.db.execute("UPDATE task SET status = 'running' WHERE fingerprint = ?", (fingerprint,))
+        return int(cursor.lastrowid or 0)
+
+    def end_attempt(self, attempt: int, run: int, reply: dict[str, Any]) -> None:
+        """Writes one attempt's outcome and, if it went well, the task's result."""
+        ok = reply["ok"]
+        with self.db:  # one transaction
+            self.db.execute("BEGIN")
+            self.db.execute(
+                "UPDATE attempt SET finished = ?, status = ?, failure = ?, message = ?, cost = ? WHERE id = ?",
+                (
+                    now(),
+                    "done" if ok else "failed",
+                    reply.get("failure"),
+                    reply.get("message"),
+                    json.dumps(reply.get("cost", {})),
+                    attempt,
+                ),
+            )
+            if ok:
+                self.put_result(reply["fingerprint"], reply["digest"], reply["result"], reply["cost"])
+                self.db.execute("UPDATE run SET executed = executed + 1 WHERE id = ?", (run,))
+            else:
+                self.db.execute("UPDATE task SET status = 'failed' WHERE fingerprint = ?", (reply["fingerprint"],))
+
+    def put_result(self, fingerprint: str, digest: str, result: Any, cost: dict[str, Any]) -> None:
+        self.db.execute(
+            "UPDATE task SET status = 'done', digest = ?, result = ?, cost = ?, finished = ? WHERE fingerprint = ?",
+            (digest, json.dumps(result), json.dumps(cost), now(), fingerprint),
+        )
+
+    def set_tracked(self, sweep: str, digest: str) -> None:
+        self.db.execute("INSERT OR REPLACE INTO tracked VALUES (?, ?)", (sweep, digest))
+
+    # -- reading -------------------------------------------------------------------------------------------------
+
+    def sweeps(self) -> list[sqlite3.Row]:
+        """All sweeps, the latest taken up first."""
+        return self.rows(
+            "SELECT sweep.*, MAX(run.id) AS latest FROM sweep JOIN run ON run.sweep = sweep.id GROUP BY sweep.id ORDER BY latest DESC"
+        )
+
+    def find_sweep(self, wanted: str | None) -> sqlite3.Row:
+        """The sweep of that id, or the latest of that name or id prefix; the latest of all if none is named."""
+        sweeps = self.sweeps()
+        if not sweeps:
+            raise ConfigError("there is no sweep yet. Try: pare run experiment=demo")
+        for sweep in sweeps:
+            if wanted is None or wanted in (sweep["id"], sweep["name"]) or sweep["id"].startswith(wanted):
+                return sweep
+        raise ConfigError(f"there is no sweep {wanted!r}.{nearest(str(wanted), [s['id'] for s in sweeps])}")
+
+    def last_run(self, sweep: str) -> sqlite3.Row:
+        return self.rows("SELECT * FROM run WHERE sweep = ? ORDER BY id DESC LIMIT 1", sweep)[0]
+
+    def trials(self, sweep: str) -> list[sqlite3.Row]:
+        return self.rows("SELECT * FROM trial WHERE sweep = ? ORDER BY position", sweep)
+
+    def tasks(self, fingerprints: list[str]) -> dict[str, sqlite3.Row]:
+        found = {}
+        for start in range(0, len(fingerprints), 500):
+            part = fingerprints[start : start + 500]
+            marks = ",".join("?" * len(part))
+            found.update({row["fingerprint"]: row for row in self.rows(f"SELECT * FROM task WHERE fingerprint IN ({marks})", *part)})
+        return found
+
+    def tracked(self, sweep: str) -> str | None:
+        row = self.rows("SELECT digest FROM tracked WHERE sweep = ?", sweep)
+        return row[0][0] if row else None
+
+
+def now() -> float:
+    return time.time()

@@ -1,0 +1,143 @@
+"""The record of a sweep: one plain JSON object, made from the ledger, from which every report and MLflow are drawn."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from pare.orchestrator.fingerprint import digest
+from pare.orchestrator.ledger import Ledger, now
+from pare.tracking.pareto import mark_front
+from pare.workers.store import Store
+
+SCHEMA_VERSION = 1
+
+
+def build_record(ledger: Ledger, store: Store, sweep_id: str) -> dict[str, Any]:
+    """The record of a sweep as it stands now."""
+    sweep = ledger.find_sweep(sweep_id)
+    run = ledger.last_run(sweep["id"])
+    rows = ledger.trials(sweep["id"])
+    goals = {row["name"]: json.loads(row["goals"]) for row in rows}
+    tasks = ledger.tasks(sorted({fp for g in goals.values() if g for fp in g["tasks"]}))
+    users: dict[str, int] = {}
+    for g in goals.values():
+        for fp in g["tasks"] if g else []:
+            users[fp] = users.get(fp, 0) + 1
+    finished = run["finished"]
+    record = {
+        "schema_version": SCHEMA_VERSION,
+        "sweep": sweep["id"],
+        "name": sweep["name"],
+        "about": {
+            "command": sweep["command"],
+            "started_at": iso(run["started"]),
+            "finished_at": iso(finished) if finished else None,
+            "wall_s": (finished or now()) - run["started"],
+            "status": run["status"],
+            **json.loads(sweep["about"]),
+        },
+        "tasks": {
+            "total_if_separate": run["total_if_separate"],
+            "unique": run["unique_tasks"],
+            "executed": run["executed"],
+            "cached": run["cached"],
+        },
+        "saving": saving(tasks, users),
+        "trials": [trial_record(row, goals[row["name"]], tasks, users, store) for row in rows],
+    }
+    mark_front(record)
+    return record
+
+
+def trial_record(row: Any, goals: dict[str, Any] | None, tasks: dict[str, Any], users: dict[str, int], store: Store) -> dict[str, Any]:
+    """One entry of `trials`."""
+    own = [tasks[fp] for fp in goals["tasks"] if fp in tasks] if goals else []
+    results = {task["fingerprint"]: json.loads(task["result"] or "{}") for task in own if task["status"] == "done"}
+    metrics: dict[str, float] = {}
+    notes: list[str] = []
+    curves: dict[str, list[list[float]]] = {}
+    for task in own:
+        # The base's score is the teacher of all trials; only a trial's own stages, export and measurements speak for it.
+        if goals is None or task["fingerprint"] not in results or (task["type"] == "score" and task["fingerprint"] != goals["score"]):
+            continue
+        result = results[task["fingerprint"]]
+        if task["type"] not in ("score", "import_model", "corpus", "tokens", "questions"):
+            said = result.get("notes", [])  # numbers by name from a method, sentences from a measurement
+            metrics.update({k: v for k, v in {**result, **(said if isinstance(said, dict) else {})}.items() if is_metric(k, v)})
+            notes += [note for note in said if isinstance(said, list) and note not in notes]
+        if task["type"] == "train":
+            curves.update(read_curves(store.path(task["fingerprint"]) / "curve.jsonl"))
+    if own:
+        costs = [(json.loads(task["cost"] or "{}"), users[task["fingerprint"]]) for task in own]
+        metrics["cost/wall_s"] = sum(cost.get("wall_s", 0) / n for cost, n in costs)
+        metrics["cost/cpu_s"] = sum(cost.get("cpu_s", 0) / n for cost, n in costs)
+    export = results.get(goals["export"], {}) if goals else {}
+    return {
+        "trial": row["name"],
+        "uid": digest([row["sweep"], row["name"]])[:16],
+        "block": row["block"],
+        "recipe": row["recipe"],
+        "overrides": json.loads(row["overrides"]),
+        "status": row["status"],
+        "metrics": metrics,
+        "artifact": goals["artifact"] if goals and row["status"] == "done" else None,
+        "export_path": str(store.path(goals["export"]).absolute()) if goals and export else None,
+        "opens_with": export.get("opens_with"),
+        "pareto": False,
+        "error": json.loads(row["failure"]) if row["failure"] else None,
+        "notes": notes,
+        "curves": curves,
+        "config": json.loads(row["config"]),
+        "tasks": [
+            {
+                "task": task["fingerprint"][:12],
+                "type": task["type"],
+                "label": task["label"],
+                "status": task["status"],
+                "wall_s": json.loads(task["cost"] or "{}").get("wall_s"),
+                "shared_by": users[task["fingerprint"]],
+            }
+            for task in own
+        ],
+    }
+
+
+def is_metric(name: str, value: Any) -> bool:
+    return "/" in name and isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def saving(tasks: dict[str, Any], users: dict[str, int]) -> dict[str, Any]:
+    """What it saved that equal tasks of several trials ran once."""
+    shared = [
+        {"label": task["label"], "used_by": users[fp], "wall_s": json.loads(task["cost"]).get("wall_s", 0.0)}
+        for fp, task in tasks.items()
+        if users[fp] > 1 and task["cost"]
+    ]
+    return {
+        "tasks_not_repeated": sum(n - 1 for n in users.values()),
+        "wall_s_saved": sum(s["wall_s"] * (s["used_by"] - 1) for s in shared),
+        "shared": sorted(shared, key=lambda s: -s["wall_s"] * (s["used_by"] - 1)),
+    }
+
+
+def read_curves(path: Path) -> dict[str, list[list[float]]]:
+    """Step curves that a training task wrote: name -> [[step, value], ...]."""
+    curves: dict[str, list[list[float]]] = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            point = json.loads(line)
+            for name in point.keys() - {"step"}:
+                curves.setdefault(f"train/{name}", []).append([point["step"], point[name]])
+    return curves
+
+
+def outcome_digest(record: dict[str, Any]) -> str:
+    """Changes when a trial's outcome does; not when a sweep is merely run again."""
+    return digest([[t["uid"], t["status"], t["metrics"], t["pareto"], t["error"]] for t in record["trials"]])
+
+
+def iso(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,156 @@
+"""The ready loop over toy tasks: order, sharing, failures, another driver after a crash."""
+
+from pathlib import Path
+
+from tests.orchestrator import fakes
+import pytest
+
+from pare.orchestrator.engine import RETRIES
+from pare.orchestrator.errors import BusyError
+from pare.orchestrator.ledger import Ledger
+from pare.workers.store import Store
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> fakes.Toy:
+    return fakes.Toy(Store(tmp_path / "store"))
+
+
+def test_equal_tasks_of_two_trials_run_once_and_producers_run_first(tmp_path: Path, toy: fakes.Toy) -> None:
+    plan = fakes.toy_plan()
+
+    _, listener, ledger = fakes.execute(tmp_path, plan, toy)
+
+    assert plan.total_if_separate == 10
+    assert len(plan.tasks) == 9
+    assert set(toy.times().values()) == {1}
+    assert toy.ran.index("import") < toy.ran.index("compress a") < toy.ran.index("export a") < toy.ran.index("evaluate a")
+    assert listener.trials == {"a": "done", "b": "done"}
+    assert ledger.last_run("toy")["executed"] == 9
+    ledger.close()
+
+
+def test_speed_is_measured_last_and_in_one_batch(tmp_path: Path, toy: fakes.Toy) -> None:
+    *_, ledger = fakes.execute(tmp_path, fakes.toy_plan(), toy)
+
+    assert toy.batches[-1] == ["speed a", "speed b"]
+    ledger.close()
+
+
+def test_a_second_run_executes_nothing(tmp_path: Path, toy: fakes.Toy) -> None:
+    fakes.execute(tmp_path, fakes.toy_plan(), toy)[2].close()
+    before = len(toy.ran)
+
+    _, listener, ledger = fakes.execute(tmp_path, fakes.toy_plan(), toy)
+
+    assert len(toy.ran) == before
+    assert ledger.last_run("toy")["executed"] == 0
+    assert listener.trials == {"a": "done", "b": "done"}
+    ledger.close()
+
+
+def test_a_new_trial_executes_only_its_own_tasks(tmp_path: Path, toy: fakes.Toy) -> None:
+    fakes.execute(tmp_path, fakes.toy_plan(), toy)[2].close()
+    toy.ran.clear()
+    plan = fakes.toy_plan(("a", "b", "c"))
+
+    planned = {task.label for task in plan.missing(toy.store)}
+    fakes.execute(tmp_path, plan, toy)[2].close()
+
+    assert set(toy.ran) == planned == {"compress c", "export c", "evaluate c", "speed c"}
+
+
+def test_a_removed_intermediate_is_not_made_again_when_its_results_are_there(tmp_path: Path, toy: fakes.Toy) -> None:
+    plan = fakes.toy_plan()
+    fakes.execute(tmp_path, plan, toy)[2].close()
+    toy.store.quarantine(plan.goals["a"].artifact)
+
+    assert plan.missing(toy.store) == []
+
+
+@pytest.mark.parametrize("failure", ["lost_worker", "oom_host", "unknown"])
+def test_a_passing_failure_gets_further_attempts(tmp_path: Path, toy: fakes.Toy, failure: str) -> None:
+    toy.fail["compress a"] = [failure] * RETRIES[failure]
+
+    _, listener, ledger = fakes.execute(tmp_path, fakes.toy_plan(), toy)
+
+    assert listener.trials["a"] == "done"
+    assert toy.times()["compress a"] == RETRIES[failure] + 1
+    ledger.close()
+
+
+@pytest.mark.parametrize("failure", sorted(RETRIES))
+def test_attempts_are_never_endless_and_other_trials_go_on(tmp_path: Path, toy: fakes.Toy, failure: str) -> None:
+    toy.fail["compress a"] = [failure] * 50
+
+    engine, listener, ledger = fakes.execute(tmp_path, fakes.toy_plan(), toy)
+
+    assert toy.times()["compress a"] == RETRIES[failure] + 1
+    assert listener.trials == {"a": "failed", "b": "done"}
+    assert "evaluate a" not in toy.ran
+    row = next(t for t in ledger.trials("toy") if t["name"] == "a")
+    assert failure in row["failure"]
+    assert "compress a" in row["failure"]
+    assert engine.failed
+    ledger.close()
+
+
+def test_fail_fast_starts_nothing_more(tmp_path: Path, toy: fakes.Toy) -> None:
+    toy.fail["compress a"] = ["user_error"]
+
+    _, listener, ledger = fakes.execute(tmp_path, fakes.toy_plan(), toy, keep_going=False)
+
+    assert listener.trials == {"a": "failed"}
+    assert "compress b" not in toy.ran
+    ledger.close()
+
+
+def test_a_damaged_input_is_quarantined_made_anew_and_the_task_goes_on(tmp_path: Path, toy: fakes.Toy) -> None:
+    plan = fakes.toy_plan(("a",))
+    fakes.execute(tmp_path, plan, toy)[2].close()
+    (toy.store.path(plan.goals["a"].export) / "value.txt").write_text("tampered")
+    toy.store.quarantine(plan.goals["a"].evaluate)
+    fresh = fakes.Toy(Store(tmp_path / "store"))
+
+    _, listener, ledger = fakes.execute(tmp_path, plan, fresh)
+
+    assert fresh.ran == ["evaluate a", "export a", "evaluate a"]
+    assert listener.trials == {"a": "done"}
+    ledger.close()
+
+
+def test_a_driver_that_dies_leaves_what_is_finished_to_the_next(tmp_path: Path, toy: fakes.Toy) -> None:
+    toy.die_at = "evaluate a"
+    with pytest.raises(KeyboardInterrupt):
+        fakes.execute(tmp_path, fakes.toy_plan(), toy)
+    toy.die_at = None
+
+    _, listener, ledger = fakes.execute(tmp_path, fakes.toy_plan(), toy)
+
+    assert set(toy.times().values()) == {1}, "no finished task runs twice"
+    assert listener.trials == {"a": "done", "b": "done"}
+    assert [a["status"] for a in ledger.rows("SELECT status FROM attempt WHERE status = 'lost'")] == ["lost"]
+    ledger.close()
+
+
+def test_a_result_published_by_a_driver_that_died_before_its_ledger_row_is_taken_over(tmp_path: Path, toy: fakes.Toy) -> None:
+    plan = fakes.toy_plan(("a",))
+    task = next(t for t in plan.tasks.values() if t.label == "import")
+    toy.one({"fingerprint": task.fingerprint, "type": task.type, "label": task.label, "inputs": {}})
+    toy.ran.clear()
+
+    *_, ledger = fakes.execute(tmp_path, plan, toy)
+
+    assert "import" not in toy.ran
+    assert ledger.tasks([task.fingerprint])[task.fingerprint]["status"] == "done"
+    ledger.close()
+
+
+def test_two_drivers_do_not_work_in_one_home(tmp_path: Path) -> None:
+    first = Ledger(tmp_path, write=True)
+
+    with pytest.raises(BusyError, match="another `pare run`"):
+        Ledger(tmp_path, write=True)
+
+    first.close()
+    Ledger(tmp_path, write=True).close()
