@@ -18,32 +18,32 @@ Nothing here knows of Ray, MLflow, Hydra, stores or sweeps.
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import importlib
 import importlib.metadata
+import inspect
+import itertools
 import pkgutil
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from pare.methods.ops.losses import next_token_loss_
+from pare.methods.ops.statistics import Statistic
 from pare.methods.parts.formula import Formula
+from pare.methods.settings import SettingsError, check
 
 METHODS: dict[str, type[Method]] = {}
 """Every registered method by name; `load_all` fills it."""
 
-NOT_METHODS = ("parts", "anatomy", "ops", "contract")
+NOT_METHODS = ("parts", "anatomy", "ops", "contract", "settings")
 """Names beneath `pare.methods` that hold what methods are made of."""
-
-
-class SettingsError(ValueError):
-    """A setting is outside its range. Carries the pieces, so that the caller can add where the setting came from."""
-
-    def __init__(self, method: str, setting: str, got: Any, allowed: str) -> None:
-        super().__init__(f"{method}.{setting} must be {allowed}, got {got!r}")
-        self.method, self.setting, self.got, self.allowed = method, setting, got, allowed
 
 
 @dataclass
@@ -57,32 +57,11 @@ class Context:
     """Seed of every random draw of the method."""
 
     report: Callable[[str, float], None] = lambda name, value: None
-    """Writes a named number down with the result, e.g. `report("gptq/fallbacks", 0)`."""
+    """Writes a named number down with the result, e.g. `report("gptq/fallbacks", 0)`. Numbers of one name are added up."""
 
     def generator(self) -> torch.Generator:
         """A fresh CPU generator, seeded with `seed`."""
         return torch.Generator().manual_seed(self.seed)
-
-
-class Statistic:
-    """Something that is accumulated over the inputs of one input group while calibration data flows past.
-
-    A method names the classes it needs; one may be defined in the method's own file. Calibration makes one object per
-    input group, calls `start` once, `add` for every batch, `finish` at the end.
-    """
-
-    name: ClassVar[str]
-
-    def start(self, n_features: int, device: torch.device) -> None:
-        raise NotImplementedError
-
-    def add(self, x: Tensor) -> None:
-        """x (tokens, n_features): the inputs that the group's linears read, in the dtype of the forward pass."""
-        raise NotImplementedError
-
-    def finish(self) -> Tensor:
-        """The statistic as one tensor."""
-        raise NotImplementedError
 
 
 @dataclass
@@ -113,20 +92,28 @@ class Method:
     extra: ClassVar[str | None] = None
     """Name of the optional dependency group that the method imports, if any."""
 
+    def check_shapes(self, widths: Mapping[str, tuple[int, int]]) -> None:
+        """Raises `SettingsError`, naming the layer, where the settings do not fit the model.
+
+        widths: parameter name -> (out, in) of every weight that the method is to work on. Called while planning, when
+        there are no weights yet.
+        """
+
 
 class LayerMethod(Method):
     """(input group) -> new formulas. Works on one input group at a time and sees nothing else of the model."""
 
     kind: ClassVar[str] = "layer"
+    inputs: str = "dense"
+    """Under calibration a block reads what the "dense" or the "compressed" blocks before it put out. A method with
+    statistics may make this a setting."""
 
     def compress(self, group: InputGroup, context: Context) -> dict[str, Formula]:
         """New formula for each weight of the group.
 
         The default maps `compress_weight` over the group, which is all that a method of one weight needs to define.
         """
-        return {
-            name: self.compress_weight(name, weight, group.statistics, context) for name, weight in group.weights.items()
-        }
+        return {name: self.compress_weight(name, weight, group.statistics, context) for name, weight in group.weights.items()}
 
     def compress_weight(self, name: str, weight: Tensor, statistics: Mapping[str, Tensor], context: Context) -> Formula:
         """weight (out, in) float32 -> formula of the same shape."""
@@ -174,7 +161,9 @@ class TrainMethod(Method):
         check(self, "batch_size", at_least=1)
         check(self, "micro_batch_size", at_least=1)
         if self.batch_size % self.micro_batch_size:
-            raise SettingsError(self.name, "micro_batch_size", self.micro_batch_size, f"a divisor of batch_size={self.batch_size}")
+            raise SettingsError(
+                self.name, "micro_batch_size", self.micro_batch_size, f"a divisor of batch_size={self.batch_size}"
+            )
         check(self, "learning_rate", above=0)
         check(self, "schedule", one_of=("constant", "linear", "cosine"))
         check(self, "warmup", at_least=0, below=1)
@@ -191,9 +180,7 @@ class TrainMethod(Method):
         batch["input_ids"] (sequences, length) int64; every position but the first of a sequence is predicted.
         """
         ids = batch["input_ids"]
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        total = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
-        return total, torch.tensor(ids[:, 1:].numel(), device=ids.device)
+        return next_token_loss_(model(input_ids=ids, use_cache=False).logits, ids)
 
     def after_backward(self, step: int) -> None:
         """Called with the gradients in place, before the optimizer."""
@@ -212,7 +199,9 @@ class TrainMethod(Method):
 M = TypeVar("M", bound=Method)
 
 
-def method(name: str, *, source: str, needs: Sequence[type[Statistic]] = (), extra: str | None = None) -> Callable[[type[M]], type[M]]:
+def method(
+    name: str, *, source: str, needs: Sequence[type[Statistic]] = (), extra: str | None = None
+) -> Callable[[type[M]], type[M]]:
     """Registers a class as the method `name`.
 
     source: authors (year), title or id, equation: where the method comes from.
@@ -236,6 +225,23 @@ def family(cls: type[Method]) -> str:
     return cls.__module__.split(".")[-2] if "." in cls.__module__ else "plugin"
 
 
+def field_docs(cls: type) -> dict[str, str]:
+    """Setting -> the string literal beneath it, for the class and those it inherits settings from."""
+    docs: dict[str, str] = {}
+    for part in reversed(cls.__mro__):
+        if not dataclasses.is_dataclass(part):
+            continue
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body  # type: ignore[attr-defined]
+        except (OSError, TypeError):  # a class made at run time has no source; its bases have
+            continue
+        for statement, below in itertools.pairwise(body):
+            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and isinstance(text, str):
+                docs[statement.target.id] = inspect.cleandoc(text)
+    return docs
+
+
 def load_all() -> dict[str, type[Method]]:
     """Imports every method file of Pare and every `pare.methods` entry point; returns the registry."""
     root = importlib.import_module("pare.methods")
@@ -248,38 +254,3 @@ def load_all() -> dict[str, type[Method]]:
     for entry in importlib.metadata.entry_points(group="pare.methods"):
         entry.load()
     return METHODS
-
-
-def check(
-    settings: Any,
-    field_name: str,
-    *,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    one_of: Sequence[Any] | None = None,
-) -> None:
-    """Raises `SettingsError` unless the field lies in the given range (`at_least`/`at_most` closed, `above`/`below` open).
-
-    >>> from types import SimpleNamespace
-    >>> check(SimpleNamespace(name="rtn", bits=0), "bits", at_least=2, at_most=8)
-    Traceback (most recent call last):
-    ...
-    pare.methods.contract.SettingsError: rtn.bits must be in [2, 8], got 0
-    """
-    value = getattr(settings, field_name)
-    if one_of is not None:
-        if value not in one_of:
-            raise SettingsError(settings.name, field_name, value, "one of " + ", ".join(map(str, one_of)))
-        return
-    inside = (
-        (at_least is None or value >= at_least)
-        and (above is None or value > above)
-        and (at_most is None or value <= at_most)
-        and (below is None or value < below)
-    )
-    if not inside:
-        low = f"[{at_least}" if at_least is not None else f"({above}" if above is not None else "(-inf"
-        high = f"{at_most}]" if at_most is not None else f"{below})" if below is not None else "inf)"
-        raise SettingsError(settings.name, field_name, value, f"in {low}, {high}")

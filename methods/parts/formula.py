@@ -57,14 +57,27 @@ class Part:
         """Bytes of the stored tensors, packed as they lie on disk."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
+    @property
+    def logical_bits(self) -> int:
+        """Bits without the padding of packed words."""
+        return self.nbytes * 8
+
+    def to(self, device: torch.device | str) -> Part:
+        """The same part with its tensors on `device`."""
+        return self.from_tensors(self.spec(), {name: t.to(device) for name, t in self.tensors().items()})
+
+
+def load_parts() -> dict[str, type[Part]]:
+    """Imports every file of `pare.methods.parts`; returns the registry."""
+    package = importlib.import_module("pare.methods.parts")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"pare.methods.parts.{module.name}")
+    return PARTS
+
 
 def read_part(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Part:
     """The part that `spec` and `tensors` describe."""
-    if spec["kind"] not in PARTS:
-        package = importlib.import_module("pare.methods.parts")
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"pare.methods.parts.{module.name}")
-    if spec["kind"] not in PARTS:
+    if spec["kind"] not in PARTS and spec["kind"] not in load_parts():
         raise ValueError(f"unknown kind of part {spec['kind']!r}; known: {', '.join(sorted(PARTS))}")
     return PARTS[spec["kind"]].from_tensors(spec, tensors)
 
@@ -145,6 +158,14 @@ class Formula:
     @property
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.parts)
+
+    @property
+    def logical_bits(self) -> int:
+        return sum(part.logical_bits for part in self.parts)
+
+    def to(self, device: torch.device | str) -> Formula:
+        """The same formula with its tensors on `device`."""
+        return Formula([part.to(device) for part in self.parts], self.op)
 
     def materialise(self) -> Tensor:
         """Sum of the parts (out, in), float32, added in the order they stand in."""

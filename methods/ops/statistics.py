@@ -1,0 +1,52 @@
+"""What calibration accumulates over the inputs of a group of linears."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pare.methods.ops.precision import full_float32
+
+
+class Statistic:
+    """Something that is accumulated over the inputs of one input group while calibration data flows past.
+
+    A method names the classes it needs; one may be defined in the method's own file. Calibration makes one object per
+    input group, calls `start` once, `add` for every batch, `finish` at the end.
+    """
+
+    name: ClassVar[str]
+
+    def start(self, n_features: int, device: torch.device) -> None:
+        raise NotImplementedError
+
+    def add(self, x: Tensor) -> None:
+        """x (tokens, n_features): the inputs that the group's linears read, in the dtype of the forward pass."""
+        raise NotImplementedError
+
+    def finish(self) -> Tensor:
+        """The statistic as one tensor."""
+        raise NotImplementedError
+
+
+class Gram(Statistic):
+    """H = (2 / N) * sum over the N tokens of x x^T, float32 (in, in) (Frantar et al., 2023, arXiv:2210.17323, section 3)."""
+
+    name = "gram"
+
+    def start(self, n_features: int, device: torch.device) -> None:
+        self.total = torch.zeros(n_features, n_features, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        x = x.to(self.total.device, torch.float32)
+        with full_float32():
+            self.total.addmm_(x.T, x)
+        self.tokens += len(x)
+
+    def finish(self) -> Tensor:
+        if not self.tokens:
+            raise ValueError("a Gram matrix of no tokens: the linears of this group were never called")
+        return self.total * (2 / self.tokens)
