@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pare.methods.parts.formula import Formula, within
+from pare.methods.parts.formula import Dense, Formula
 
 FORMAT = 1
 TABLE, OPERANDS = "tensors.json", "weights.safetensors"
@@ -63,6 +63,18 @@ class ModelArtifact:
         tensors = {k: self._operands.get_tensor(k) for k in keys}
         return Formula.from_tensors(spec, within_name(name, tensors))
 
+    def compressed_names(self) -> list[str]:
+        """Names of the parameters that have a formula here or in an artifact beneath, in order."""
+        return sorted({*self.table, *(self.base.compressed_names() if self.base else ())})
+
+    def effective(self, name: str) -> Formula:
+        """The parameter as one formula in place of the dense value, with what artifacts beneath say worked in."""
+        formula = self.formula(name)
+        if formula is not None and formula.op == "replace":
+            return formula
+        beneath = self.base.effective(name) if self.base else Formula([Dense(self.stored(name))])
+        return Formula([*beneath.parts, *formula.parts]) if formula else beneath
+
     def stored(self, name: str) -> Tensor:
         """The parameter as the dense base stores it, in its own dtype. Only for a parameter without a formula."""
         if self.base:
@@ -101,7 +113,9 @@ def write_formulas(directory: Path, base_fingerprint: str, formulas: Mapping[str
     """Writes a *formulas* artifact: the table and the operands."""
     table = {name: formula.spec() for name, formula in formulas.items()}
     operands = {
-        f"{name}:{key}": t.detach().cpu().contiguous() for name, formula in formulas.items() for key, t in formula.tensors().items()
+        f"{name}:{key}": t.detach().cpu().contiguous()
+        for name, formula in formulas.items()
+        for key, t in formula.tensors().items()
     }
     save_file(operands, directory / OPERANDS, metadata={"format": "pt"})
     (directory / TABLE).write_text(json.dumps({"format": FORMAT, "base": base_fingerprint, "tensors": table}, indent=1))
@@ -115,16 +129,21 @@ def load_dense(directory: Path, dtype: torch.dtype, device: torch.device | str =
     return model.to(device).eval()
 
 
+def load_skeleton(directory: Path) -> nn.Module:
+    """The Hugging Face model of a dense directory on the meta device: its modules and shapes, no weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        skeleton: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return skeleton
+
+
 def load_in_memory(artifact: ModelArtifact, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
     """The model that an artifact stands for, every weight worked out from its parts. Never reads an export."""
     model = load_dense(artifact.dense.directory, dtype, device)
-    names = set()
-    level: ModelArtifact | None = artifact
-    while level is not None:
-        names |= level.table.keys()
-        level = level.base
     with torch.no_grad():
-        for name in sorted(names):
+        for name in artifact.compressed_names():
             model.get_parameter(name).copy_(artifact.materialise(name))
     return model
 

@@ -56,7 +56,9 @@ class Store:
         except ValueError as e:
             raise ArtifactError(f"artifact {fingerprint[:12]}: its manifest is damaged ({e})", fingerprint) from e
         if manifest["format"] != FORMAT:
-            raise ArtifactError(f"artifact {fingerprint[:12]} has format {manifest['format']}, this Pare reads {FORMAT}", fingerprint)
+            raise ArtifactError(
+                f"artifact {fingerprint[:12]} has format {manifest['format']}, this Pare reads {FORMAT}", fingerprint
+            )
         return manifest
 
     def open(self, fingerprint: str) -> Path:
@@ -94,7 +96,9 @@ class Store:
         finally:
             shutil.rmtree(directory, ignore_errors=True)
 
-    def publish(self, directory: Path, fingerprint: str, kind: str, result: Any, cost: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    def publish(
+        self, directory: Path, fingerprint: str, kind: str, result: Any, cost: dict[str, Any]
+    ) -> tuple[dict[str, Any], bool]:
         """Makes `directory` the artifact `fingerprint`. Returns (manifest in force, whether it is this attempt's)."""
         files = []
         for file in sorted(p for p in directory.rglob("*") if p.is_file()):

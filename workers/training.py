@@ -1,0 +1,171 @@
+"""The training loop: Hugging Face `Trainer` runs it, the method says what is trained and on which loss.
+
+One process on plain torch. Everything that belongs to an engine or a launcher comes in through `Engine`, so that other
+engines and several ranks run this same function.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pare.methods.contract import TrainMethod
+from pare.workers.task import TaskError
+
+CURVE = "curve.jsonl"
+
+SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
+"""The method's word -> transformers', where plain "constant" leaves the warm-up out."""
+
+
+@dataclass
+class Engine:
+    """How and where the steps are computed."""
+
+    device: torch.device
+    dtype: torch.dtype
+    """Of matrix products; what is trained stays float32."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Further `TrainingArguments`, e.g. `deepspeed`."""
+
+
+@dataclass
+class Step:
+    loss: float
+    """Mean over the predicted tokens of the step's batch, in nats."""
+
+    learning_rate: float
+    """The one that this step was taken with."""
+
+
+def train(
+    method: TrainMethod,
+    model: nn.Module,
+    sequences: Tensor,
+    directory: Path,
+    seed: int,
+    engine: Engine,
+    progress: Callable[[int, int, str], None] = lambda done, total, unit: None,
+) -> list[Step]:
+    """Trains `model`, as `method.prepare` made it, in place.
+
+    sequences (n, length) int64: read in an order that only `seed` decides, all of them once before any comes again.
+    Writes a line for every step to `directory`/curve.jsonl.
+
+    Raises:
+        TaskError: class "nonfinite", at the first step whose loss is not finite; the weights are still those before it.
+    """
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
+    from transformers.training_args import OptimizerNames
+
+    optimizers = [name.value for name in OptimizerNames]
+    if method.optimizer not in optimizers:
+        raise TaskError(f"{method.name}.optimizer must be one of {', '.join(optimizers)}, got {method.optimizer!r}")
+    scratch = directory / "tmp"
+    arguments = TrainingArguments(
+        output_dir=str(scratch),
+        max_steps=method.steps,
+        per_device_train_batch_size=method.micro_batch_size,
+        gradient_accumulation_steps=method.batch_size // method.micro_batch_size,
+        learning_rate=method.learning_rate,
+        lr_scheduler_type=SCHEDULES[method.schedule],
+        warmup_steps=math.ceil(method.warmup * method.steps),
+        weight_decay=method.weight_decay,
+        max_grad_norm=method.max_grad_norm,
+        optim=method.optimizer,
+        seed=seed,
+        use_cpu=engine.device.type == "cpu",
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        logging_strategy="no",
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        **engine.arguments,
+    )
+    if arguments.device.type != engine.device.type or arguments.n_gpu > 1:
+        raise TaskError(
+            f"the task was given {engine.device}, but this process sees {arguments.n_gpu} devices of type "
+            f"{arguments.device.type}. Try: CUDA_VISIBLE_DEVICES with the one device that is meant",
+            failure="unknown",
+        )
+    rows = shuffled(len(sequences), method.steps * method.batch_size, seed)
+    length = sequences.shape[1]
+    expected = method.batch_size * (length - 1)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    autocast = torch.autocast(engine.device.type, dtype=engine.dtype, enabled=engine.dtype != torch.float32)
+    steps: list[Step] = []
+
+    class Loop(Trainer):
+        """A step's gradient is that of the summed loss over the tokens predicted in its whole batch."""
+
+        loss_is_scaled_for_ga = True
+        total, tokens = 0.0, 0
+
+        def compute_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+            with autocast:
+                total, tokens = method.loss(model, inputs)
+            self.total, self.tokens = self.total + total.detach(), self.tokens + tokens
+            return total / expected
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+            scaled: Tensor = super().training_step(*args, **kwargs)
+            if self.accelerator.sync_gradients:
+                loss, tokens = float(self.total / self.tokens), int(self.tokens)
+                self.total, self.tokens = 0.0, 0
+                if not math.isfinite(loss):
+                    raise TaskError(
+                        f"{method.name}: the loss is {loss} at step {len(steps) + 1} of {method.steps}. "
+                        f"Try: a learning_rate below {method.learning_rate:g}, or dtype=float32",
+                        failure="nonfinite",
+                    )
+                if tokens != expected:  # the method did not count every token
+                    torch._foreach_mul_([p.grad for p in trained if p.grad is not None], expected / tokens)
+                method.after_backward(len(steps) + 1)
+                steps.append(Step(loss, self.optimizer.param_groups[0]["lr"]))
+            return scaled
+
+    class Record(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            method.after_step(state.global_step)
+            line = {"step": state.global_step, "loss": steps[-1].loss, "learning_rate": steps[-1].learning_rate}
+            curve.write(json.dumps(line) + "\n")
+            curve.flush()
+            progress(state.global_step, method.steps, "steps")
+
+    try:
+        with (directory / CURVE).open("w") as curve:
+            loop = Loop(
+                model=model,
+                args=arguments,
+                train_dataset=[{"input_ids": sequences[row]} for row in rows],
+                data_collator=lambda batch: {"input_ids": torch.stack([item["input_ids"] for item in batch])},
+                callbacks=[Record()],
+            )
+            loop.remove_callback(PrinterCallback)
+            loop.train()
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if not all(p.isfinite().all() for p in trained):
+        raise TaskError(f"{method.name}: the weights are not finite after the last step", failure="nonfinite")
+    model.eval()
+    return steps
+
+
+def shuffled(n: int, needed: int, seed: int) -> list[int]:
+    """`needed` row numbers below n: one seeded permutation after another."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = [torch.randperm(n, generator=generator) for _ in range(math.ceil(needed / n))]
+    return torch.cat(epochs)[:needed].tolist()
