@@ -1,0 +1,50 @@
+"""The front: trials that no other trial beats on every objective at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pare.tracking.record import Record, Trial, has_deployment_speed, measured, metric
+
+Objective = tuple[str, str]
+"""(name of a metric, "min" or "max")."""
+
+SIZE_AND_PERPLEXITY: tuple[Objective, ...] = (("size/bytes", "min"), ("quality/ppl", "min"))
+
+
+def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether a is nowhere worse than b and somewhere better, all to be minimised."""
+    return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))
+
+
+def front(record: Record, objectives: Sequence[Objective] = SIZE_AND_PERPLEXITY) -> list[Trial]:
+    """The finished trials that no other dominates, best in the first objective first; trials equal in all stay together.
+
+    Only equal kinds of figures share a front: a trial that lacks one of the metrics, or has NaN for it, is no member, nor
+    is one whose speed or memory is noted to be no deployment figure when the objectives ask for speed or memory.
+    """
+    for name, direction in objectives:
+        if direction not in ("min", "max"):
+            raise ValueError(f"the direction of objective {name!r} must be 'min' or 'max', got {direction!r}")
+    of_runtime = any(name.startswith(("speed/", "memory/")) for name, _ in objectives)
+    signs = {name: 1.0 if direction == "min" else -1.0 for name, direction in objectives}
+
+    def point(trial: Trial) -> tuple[float, ...]:
+        return tuple(sign * value for name, sign in signs.items() if (value := metric(trial, name)) is not None)
+
+    # What dominates a point stands before it in this order, and among what stands before, a member of the front does.
+    members: list[Trial] = []
+    for trial in sorted(measured(record, *signs), key=point):
+        if of_runtime and not has_deployment_speed(trial):
+            continue
+        if not any(dominates(point(member), point(trial)) for member in members):
+            members.append(trial)
+    return members
+
+
+def mark_front(record: Record, objectives: Sequence[Objective] = SIZE_AND_PERPLEXITY) -> list[Trial]:
+    """Sets `pareto` of every trial of the record and returns the front."""
+    members = front(record, objectives)
+    for trial in record["trials"]:
+        trial["pareto"] = any(trial is member for member in members)
+    return members
