@@ -34,7 +34,7 @@ def home() -> Path:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="pare",
-        description="Pares models down along their Pareto front: sweeps over compression and fine-tuning, on Ray, recorded in MLflow.",
+        description="Pares models down along their Pareto front: sweeps of compression and fine-tuning on Ray, kept in MLflow.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -43,7 +43,11 @@ def parser() -> argparse.ArgumentParser:
 
     def verb(name: str, text: str, example: str, json: bool = False) -> argparse.ArgumentParser:
         sub = verbs.add_parser(
-            name, help=text, description=text, epilog=f"example: {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            help=text,
+            description=text,
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         if json:
             sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
@@ -57,7 +61,9 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--cfg", choices=["job"], help="print the composed config and stop")
         sub.add_argument("--resolve", action="store_true", help="with --cfg: interpolations resolved")
 
-    plan = verb("plan", "Show what would run, what is there already, and why; spends nothing.", "pare plan experiment=demo", json=True)
+    plan = verb(
+        "plan", "Show what would run, what is there already, and why; spends nothing.", "pare plan experiment=demo", json=True
+    )
     composed(plan)
     plan.add_argument("--check", action="store_true", help="exit 10 if there is work to do, 0 if not")
     run = verb("run", "Run an experiment or a recipe; what is in the store is not run again.", "pare run experiment=demo")

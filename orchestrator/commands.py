@@ -8,12 +8,18 @@ import json
 import shlex
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pare.orchestrator.errors import ConfigError, InfeasibleError, PareError, nearest
 
-REPORT_SCHEMA = 1
+if TYPE_CHECKING:
+    from pare.orchestrator.config import Experiment
+    from pare.orchestrator.plan import Plan
+
+SCHEMA_VERSION = 1
+"""Of what `--json` prints."""
 
 
 def plan(arguments: argparse.Namespace, home: Path) -> int:
@@ -24,64 +30,75 @@ def plan(arguments: argparse.Namespace, home: Path) -> int:
     from pare.workers.store import Store
 
     experiment, graph, device = prepare(arguments)
-    missing = graph.missing(Store(home / "store"))
+    store = Store(home / "store")
+    missing = graph.missing(store)
     problem = None
     try:
         preflight.check_feasible(graph, missing, experiment, home, device)
     except InfeasibleError as e:
         problem = e
-    run_now = {task.fingerprint for task in missing}
+    new = {task.fingerprint for task in missing}
+    states = {fp: "new" if fp in new else "cached" if store.has(fp) else "unneeded" for fp in graph.tasks}
     if arguments.json:
-        show_json(
-            {
-                "schema_version": REPORT_SCHEMA,
-                "name": experiment.name,
-                "device": device,
-                "tasks": {
-                    "total_if_separate": graph.total_if_separate,
-                    "unique": len(graph.tasks),
-                    "new": len(missing),
-                    "cached": len(graph.tasks) - len(missing),
-                },
-                "infeasible": str(problem) if problem else None,
-                "trials": [{"trial": t.name, "recipe": t.recipe, "overrides": t.overrides, "skipped": t.skipped} for t in experiment.trials],
-                "plan": [
-                    {
-                        "task": t.fingerprint[:12],
-                        "fingerprint": t.fingerprint,
-                        "type": t.type,
-                        "label": t.label,
-                        "state": "new" if t.fingerprint in run_now else "cached",
-                        "trials": t.trials,
-                        "inputs": t.inputs,
-                    }
-                    for t in graph.tasks.values()
-                ],
-            }
-        )
+        show_json(plan_json(experiment, graph, device, states, problem))
     else:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=f"plan of {experiment.name}: {len(missing)} to run, {len(graph.tasks) - len(missing)} not needed or in the store")
-        for column in ("", "task", "what", "used by"):
-            table.add_column(column, no_wrap=column in ("", "task"))
-        for task in graph.tasks.values():
-            users = task.trials[0] if len(task.trials) == 1 else f"{len(task.trials)} trials"
-            state = "[yellow]run[/yellow]" if task.fingerprint in run_now else "[dim]cached[/dim]"
-            table.add_row(state, task.fingerprint[:12], task.label, users)
-        console = Console()
-        console.print(table)
-        for trial in experiment.trials:
-            if trial.skipped:
-                console.print(f"skipped {trial.name}: {trial.skipped}", highlight=False)
-        console.print(
-            f"{len(experiment.trials)} trials would be {graph.total_if_separate} tasks one by one; merged they are {len(graph.tasks)}.",
-            highlight=False,
-        )
+        show_plan(experiment, graph, states)
     if problem:
         raise problem
     return 10 if arguments.check and missing else 0
+
+
+def plan_json(
+    experiment: Experiment, graph: Plan, device: str, states: dict[str, str], problem: Exception | None
+) -> dict[str, Any]:
+    """The object that `pare plan --json` prints."""
+    count = Counter(states.values())
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "name": experiment.name,
+        "device": device,
+        "tasks": {"total_if_separate": graph.total_if_separate, "unique": len(graph.tasks), **count},
+        "infeasible": str(problem) if problem else None,
+        "trials": [
+            {"trial": t.name, "recipe": t.recipe, "overrides": t.overrides, "skipped": t.skipped} for t in experiment.trials
+        ],
+        "plan": [
+            {
+                "task": t.fingerprint[:12],
+                "fingerprint": t.fingerprint,
+                "type": t.type,
+                "label": t.label,
+                "state": states[t.fingerprint],
+                "trials": t.trials,
+                "inputs": t.inputs,
+            }
+            for t in graph.tasks.values()
+        ],
+    }
+
+
+def show_plan(experiment: Experiment, graph: Plan, states: dict[str, str]) -> None:
+    """The plan as a table, producers first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    styles = {"new": "[yellow]run[/yellow]", "cached": "[dim]cached[/dim]", "unneeded": "[dim]not needed[/dim]"}
+    count = Counter(states.values())
+    table = Table(title=f"plan of {experiment.name}: {count['new']} to run, {count['cached']} cached")
+    for column in ("", "task", "what", "used by"):
+        table.add_column(column, no_wrap=column in ("", "task"))
+    for task in graph.tasks.values():
+        users = task.trials[0] if len(task.trials) == 1 else f"{len(task.trials)} trials"
+        table.add_row(styles[states[task.fingerprint]], task.fingerprint[:12], task.label, users)
+    console = Console()
+    console.print(table)
+    for trial in experiment.trials:
+        if trial.skipped:
+            console.print(f"skipped {trial.name}: {trial.skipped}", highlight=False)
+    separate, merged = graph.total_if_separate, len(graph.tasks)
+    console.print(
+        f"{len(experiment.trials)} trials one by one would be {separate} tasks; merged they are {merged}.", highlight=False
+    )
 
 
 def run(arguments: argparse.Namespace, home: Path) -> int:
@@ -113,7 +130,7 @@ def status(arguments: argparse.Namespace, home: Path) -> int:
     if arguments.json:
         show_json(
             {
-                "schema_version": REPORT_SCHEMA,
+                "schema_version": SCHEMA_VERSION,
                 "sweep": sweep["id"],
                 "status": last["status"],
                 "tasks": counts,
@@ -135,6 +152,7 @@ def report(arguments: argparse.Namespace, home: Path) -> int:
     """Prints a sweep's report; writes nothing."""
     from pare.orchestrator.ledger import Ledger
     from pare.orchestrator.record import build_record
+    from pare.tracking import plots
     from pare.tracking import report as render
     from pare.workers.store import Store
 
@@ -145,7 +163,7 @@ def report(arguments: argparse.Namespace, home: Path) -> int:
     elif arguments.format == "md":
         print(render.markdown(record))
     elif arguments.format == "html":
-        print(render.html(record, {}))
+        print(render.html(record, {name: plots.svg(figure) for name, figure in plots.draw(record).items()}))
     else:
         from rich.console import Console
 
@@ -157,7 +175,7 @@ def methods(arguments: argparse.Namespace, home: Path) -> int:
     """Lists the methods."""
     from pare.methods.contract import family, field_docs, load_all
 
-    found = [
+    found: list[dict[str, Any]] = [
         {
             "name": name,
             "kind": cls.kind,
@@ -184,7 +202,9 @@ def methods(arguments: argparse.Namespace, home: Path) -> int:
         table.add_column(column)
     for entry in found:
         settings = ", ".join(f"{s['name']}={s['default']}" for s in entry["settings"])
-        table.add_row(entry["name"], entry["kind"], entry["family"], f"{entry['summary']}\n[dim]{entry['source']}[/dim]", settings)
+        table.add_row(
+            entry["name"], entry["kind"], entry["family"], f"{entry['summary']}\n[dim]{entry['source']}[/dim]", settings
+        )
     Console().print(table)
     return 0
 
@@ -230,7 +250,7 @@ def ui(arguments: argparse.Namespace, home: Path) -> int:
     from pare.tracking import ui as server
 
     uri, artifacts, _ = tracking_place(home)
-    if not (home / "mlflow.db").exists() and uri.startswith("sqlite"):
+    if uri == "auto" and not (home / "mlflow.db").exists():
         raise ConfigError(f"nothing is tracked in {home} yet. Try: pare run experiment=demo")
     try:
         server.serve(uri, artifacts, port=arguments.port)
@@ -245,7 +265,7 @@ def doctor(arguments: argparse.Namespace, home: Path) -> int:
 
     findings = clinic.examine(home)
     if arguments.json:
-        show_json({"schema_version": REPORT_SCHEMA, "findings": findings})
+        show_json({"schema_version": SCHEMA_VERSION, "findings": findings})
     else:
         for finding in findings:
             print(f"{ {'ok': '✓', 'warn': '!', 'fail': '✗'}[finding['state']] } {finding['what']}: {finding['found']}")

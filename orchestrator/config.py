@@ -176,7 +176,7 @@ class Composer:
         """See `load`."""
         for override in self.given:
             if override.key_or_group == "plugins" and not override.is_sweep_override():
-                register_methods(list(override.value()))
+                register_methods([str(plugin) for plugin in override.value() or []])  # type: ignore[union-attr]
         scoped = [o for o in self.given if o.key_or_group.startswith("blocks.")]
         common = [o for o in self.given if o not in scoped]
         top = self.top()
@@ -206,8 +206,12 @@ class Composer:
 
     def top(self) -> DictConfig:
         """The composed config without what only holds for single blocks: recipes, sweeps, `blocks.NAME...`."""
-        own = [o for o in self.given if not about_recipe(o) and not o.is_sweep_override() and not o.key_or_group.startswith("blocks.")]
-        return self.compose([o.input_line for o in own])
+        own = [
+            o
+            for o in self.given
+            if not about_recipe(o) and not o.is_sweep_override() and not o.key_or_group.startswith("blocks.")
+        ]
+        return self.compose([line_of(o) for o in own])
 
     def blocks(self, top: DictConfig, common: list[Override]) -> dict[str, dict[str, Any]]:
         """The experiment's blocks; without an experiment, the recipe of the command line is the only one."""
@@ -219,7 +223,7 @@ class Composer:
                 "Drop experiment=..., or change one block: blocks.NAME.recipe=..."
             )
         if not named and chosen:
-            label = str(chosen[0].value()) if not chosen[0].is_sweep_override() else "sweep"
+            label = "sweep" if chosen[0].is_sweep_override() else str(chosen[0].value())
             return {label: {"recipe": None, "sweep": {}}}
         for name, block in named.items():
             unknown = set(block) - {"recipe", "sweep"}
@@ -242,7 +246,7 @@ class Composer:
         """The trials of one block. `used` collects the recipe overrides of the command line that this block took."""
         lines = {key: f"{key}={grammar(value)}" for key, value in (block.get("sweep") or {}).items()}
         for override in own:  # blocks.NAME.KEY=VALUE
-            line = override.input_line.replace(f"blocks.{name}.", "", 1)
+            line = line_of(override).replace(f"blocks.{name}.", "", 1)
             lines[label(self.parse(line))] = line
         if block["recipe"] and "recipe" not in lines:
             lines = {"recipe": f"recipe={block['recipe']}", **lines}
@@ -256,7 +260,7 @@ class Composer:
                     continue  # a setting of another block's recipe
                 used.add(id(override))
                 mine.add(label(override))
-            lines[label(override)] = override.input_line
+            lines[label(override)] = line_of(override)
         parsed = [self.parse(line) for line in lines.values()]
         axes = [o for o in parsed if o.is_sweep_override()]
         fixed = [o for o in parsed if not o.is_sweep_override()]
@@ -266,7 +270,7 @@ class Composer:
         for point in itertools.product(*(self.points(axis) for axis in axes)):
             chosen = {label(o): o for o in [*fixed, *point]}
             groups = [o for o in chosen.values() if self.is_group(o) or not plain(o)]
-            key = tuple(o.input_line for o in groups)
+            key = tuple(line_of(o) for o in groups)
             if key not in composed:
                 composed[key] = self.compose(list(key))
             config = copy.deepcopy(composed[key])
@@ -281,7 +285,7 @@ class Composer:
 
     def points(self, axis: Override) -> list[Override]:
         """The values of one swept key, each as an override of its own."""
-        prefix = axis.input_line.split("=", 1)[0]
+        prefix = line_of(axis).split("=", 1)[0]
         return [self.parse(f"{prefix}={value}") for value in axis.sweep_string_iterator()]
 
     def set_value(self, config: DictConfig, override: Override) -> None:
@@ -296,9 +300,7 @@ class Composer:
             raise ConfigError(f"{override.input_line}: {one_line(e)}") from e
 
 
-def build(
-    block: str, recipe: str, shown: dict[str, Any], swept: set[str], config: DictConfig, options: SweepOptions
-) -> Trial:
+def build(block: str, recipe: str, shown: dict[str, Any], swept: set[str], config: DictConfig, options: SweepOptions) -> Trial:
     """One trial from its composed config; refuses wrong settings, or marks the trial as skipped."""
     plain_config: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     need(config.dtype in DTYPES, "dtype", config.dtype, "one of " + ", ".join(DTYPES), "dtype=float32")
@@ -335,9 +337,11 @@ def stage(name: str, node: DictConfig) -> Stage:
         raise ConfigError(f"{where}: unknown method {method!r}.{nearest(method, METHODS)}")
     cls = METHODS[method]
     fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in node:
+    for key in map(str, node):
         if key not in fields | {"method"}:
-            raise ConfigError(f"unknown setting {f'{where}.{key}'!r}.{nearest(f'{where}.{key}', {f'{where}.{k}' for k in fields})}")
+            raise ConfigError(
+                f"unknown setting {f'{where}.{key}'!r}.{nearest(f'{where}.{key}', {f'{where}.{k}' for k in fields})}"
+            )
     expected = OmegaConf.get_type(node)
     if isinstance(expected, type) and expected is not dict and not issubclass(expected, cls):
         raise ConfigError(f"{where}.method cannot be set; choose another method with method@{where}={method}")
@@ -374,9 +378,18 @@ def refuse_unknown(config: DictConfig) -> None:
 
 
 def about_recipe(override: Override) -> bool:
-    return override.key_or_group == "recipe" or override.key_or_group.startswith("recipe.") or (
-        override.package is not None and override.package.startswith("recipe")
+    return (
+        override.key_or_group == "recipe"
+        or override.key_or_group.startswith("recipe.")
+        or (override.package is not None and override.package.startswith("recipe"))
     )
+
+
+def line_of(override: Override) -> str:
+    """An override as it was typed."""
+    if override.input_line is None:
+        raise ValueError(f"an override of {override.key_or_group} was not parsed from text")
+    return override.input_line
 
 
 def label(override: Override) -> str:

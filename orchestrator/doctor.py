@@ -37,7 +37,12 @@ def finding(what: str, state: str, found: str, remedy: str = "") -> dict[str, An
 
 def python() -> dict[str, Any]:
     found = ".".join(map(str, sys.version_info[:3]))
-    return finding("python", "ok" if sys.version_info >= (3, 11) else "fail", found, "" if sys.version_info >= (3, 11) else "Pare needs 3.11")
+    return finding(
+        "python",
+        "ok" if sys.version_info >= (3, 11) else "fail",
+        found,
+        "" if sys.version_info >= (3, 11) else "Pare needs 3.11",
+    )
 
 
 def library(name: str) -> dict[str, Any]:
@@ -62,7 +67,9 @@ def torch_build() -> dict[str, Any]:
     except ImportError:
         return finding("GPU", "fail", "torch is missing", "make setup")
     if gpus and not torch.cuda.is_available():
-        why = "a CPU-only build of torch" if torch.version.cuda is None else "torch sees no device: driver and CUDA build differ"
+        why = (
+            "a CPU-only build of torch" if torch.version.cuda is None else "torch sees no device: driver and CUDA build differ"
+        )
         return finding("GPU", "fail", f"{len(gpus)} x {gpus[0]}, but {why}", "make setup TORCH=cuda")
     return finding("GPU", "ok", f"{len(gpus)} x {gpus[0]}" if gpus else "none here; everything runs on the CPU")
 
@@ -79,12 +86,16 @@ def cores() -> dict[str, Any]:
 
 def memory() -> dict[str, Any]:
     free = hardware.free_memory()
-    return finding("free memory", "ok" if free > 4e9 else "warn", f"{free / 1e9:.1f} GB", "" if free > 4e9 else "the demo wants 4 GB")
+    return finding(
+        "free memory", "ok" if free > 4e9 else "warn", f"{free / 1e9:.1f} GB", "" if free > 4e9 else "the demo wants 4 GB"
+    )
 
 
 def disk(home: Path) -> dict[str, Any]:
     free = hardware.free_disk(home.absolute())
-    return finding("free disk", "ok" if free > 5e9 else "warn", f"{free / 1e9:.1f} GB", "" if free > 5e9 else "the demo wants 3 GB")
+    return finding(
+        "free disk", "ok" if free > 5e9 else "warn", f"{free / 1e9:.1f} GB", "" if free > 5e9 else "the demo wants 3 GB"
+    )
 
 
 def writable(home: Path) -> dict[str, Any]:
@@ -105,5 +116,7 @@ def loopback() -> dict[str, Any]:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
     except OSError as e:
-        return finding("loopback", "fail", f"cannot listen on 127.0.0.1: {e}", "Ray and the UI need it; check the network of this host")
+        return finding(
+            "loopback", "fail", f"cannot listen on 127.0.0.1: {e}", "Ray and the UI need it; check the network of this host"
+        )
     return finding("loopback", "ok", "can listen on 127.0.0.1")

@@ -57,6 +57,7 @@ def run(
             f"sweep [bold]{sweep}[/bold]: {len(experiment.trials)} trials, {len(plan.tasks)} tasks "
             f"({plan.total_if_separate} if each trial ran alone), {cached} need not run, {len(missing)} to run",
             highlight=False,
+            soft_wrap=True,
         )
         tracker = Tracker(experiment, home, ledger.path.parent, sweep, store)
         state = "interrupted"
@@ -81,7 +82,9 @@ def run(
             ledger.end_run(run_id, state)
             if state == "interrupted":
                 tracker.stop()
-                console.print(f"\ninterrupted; what is finished is kept. Go on with:\n  {command}", highlight=False, markup=False)
+                console.print(
+                    f"\ninterrupted; what is finished is kept. Go on with:\n  {command}", highlight=False, markup=False
+                )
         record = build_record(ledger, store, sweep)
         directory = home / "sweeps" / sweep
         fresh = ledger.tracked(sweep) != outcome_digest(record) or not (directory / "report.html").exists()
@@ -174,9 +177,10 @@ class Tracker:
         self._sync(record, directory)
         if self.error:
             stderr_console().print(
-                f"tracking is behind: {self.error}\nThe results are safe in the ledger; the same command logs them once tracking answers.",
+                f"tracking is behind: {self.error}\nThe results are safe in the ledger; the same command logs them again.",
                 highlight=False,
                 markup=False,
+                soft_wrap=True,
             )
             return True
         ledger.set_tracked(self.sweep, outcome_digest(record))
@@ -206,9 +210,8 @@ class Tracker:
 
 def tracking_place(home: Path, uri: str | None = None, experiment: str = "pare") -> tuple[str, Path, str]:
     """(tracking URI, artifact root, experiment name); the environment wins over the config."""
-    default = f"sqlite:///{(home / 'mlflow.db').absolute()}"
     return (
-        os.environ.get("MLFLOW_TRACKING_URI") or uri or default,
+        os.environ.get("MLFLOW_TRACKING_URI") or uri or "auto",
         (home / "mlartifacts").absolute(),
         os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment,
     )
@@ -228,9 +231,13 @@ def about(experiment: Experiment, plan: Plan) -> dict[str, Any]:
         "evaluation": {
             "test_tokens": first.evaluation.windows.sequences * first.evaluation.windows.length,
             "dtype": first.evaluation.dtype,
+            "tolerance": first.evaluation.tolerance,
         },
         "hardware": hardware.describe(),
-        "versions": {"pare": __version__, **{name: version(name) for name in ("torch", "transformers", "peft", "ray", "mlflow")}},
+        "versions": {
+            "pare": __version__,
+            **{name: version(name) for name in ("torch", "transformers", "peft", "ray", "mlflow")},
+        },
     }
 
 
@@ -267,5 +274,3 @@ def show(record: dict[str, Any], directory: Path, as_json: bool, command: str) -
     if best:
         lines.append(f"  pare export {best} --to my-model".ljust(44) + "take a model from the front away")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
-
-

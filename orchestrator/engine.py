@@ -51,7 +51,16 @@ class Engine:
     """Executes one plan."""
 
     def __init__(
-        self, plan: Plan, store: Store, ledger: Ledger, run: int, sweep: str, pool: Pool, home: Path, device: str, keep_going: bool
+        self,
+        plan: Plan,
+        store: Store,
+        ledger: Ledger,
+        run: int,
+        sweep: str,
+        pool: Pool,
+        home: Path,
+        device: str,
+        keep_going: bool,
     ) -> None:
         self.plan, self.store, self.ledger, self.run, self.sweep = plan, store, ledger, run, sweep
         self.pool, self.home, self.device, self.keep_going = pool, home, device, keep_going
@@ -209,5 +218,3 @@ def register(plan: Plan, store: Store, ledger: Ledger) -> None:
         if present:
             manifest = store.manifest(fingerprint)
             ledger.put_result(fingerprint, manifest["digest"], manifest["result"], manifest["cost"])
-
-

@@ -148,4 +148,6 @@ def tree_digest(path: Path) -> str:
 
 def is_text(statement: ast.stmt) -> bool:
     """A bare string: a docstring, or the documentation of a field."""
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and isinstance(statement.value.value, str)
+    return (
+        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant) and isinstance(statement.value.value, str)
+    )

@@ -44,7 +44,9 @@ class Ledger:
             home.mkdir(parents=True, exist_ok=True)
             self._take_lock(home)
         elif not self.path.exists():
-            raise ConfigError(f"there is no sweep in {home} yet. Try: pare run experiment=demo   (PARE_HOME chooses another place)")
+            raise ConfigError(
+                f"there is no sweep in {home} yet. Try: pare run experiment=demo   (PARE_HOME chooses another place)"
+            )
         try:
             self.db = sqlite3.connect(self.path, isolation_level=None)
             self.db.row_factory = sqlite3.Row
@@ -55,7 +57,9 @@ class Ledger:
                 self.db.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (FORMAT,))
             found = self.db.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()[0]
         except sqlite3.DatabaseError as e:
-            raise LedgerError(f"{self.path} cannot be read as a ledger: {e}. Move it away; artifacts in the store are kept.") from e
+            raise LedgerError(
+                f"{self.path} cannot be read as a ledger: {e}. Move it away; artifacts in the store are kept."
+            ) from e
         if found != FORMAT:
             raise LedgerError(f"{self.path} has format {found}, this version of Pare reads format {FORMAT}")
 
@@ -84,17 +88,23 @@ class Ledger:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def start_run(self, sweep: str, name: str, command: str, about: dict[str, Any], unique: int, separate: int, cached: int) -> int:
+    def start_run(
+        self, sweep: str, name: str, command: str, about: dict[str, Any], unique: int, separate: int, cached: int
+    ) -> int:
         """Records that a driver took up a sweep; attempts of dead drivers become `lost`."""
-        self.db.execute("UPDATE attempt SET status = 'lost', failure = 'lost_driver', finished = ? WHERE status = 'running'", (now(),))
+        self.db.execute(
+            "UPDATE attempt SET status = 'lost', failure = 'lost_driver', finished = ? WHERE status = 'running'", (now(),)
+        )
         self.db.execute("UPDATE run SET status = 'interrupted' WHERE status = 'running'")
         self.db.execute("UPDATE trial SET status = 'pending' WHERE status = 'running'")
         self.db.execute(
-            "INSERT INTO sweep VALUES (?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET command = excluded.command, about = excluded.about",
+            "INSERT INTO sweep VALUES (?, ?, ?, ?, ?) "
+            "ON CONFLICT (id) DO UPDATE SET command = excluded.command, about = excluded.about",
             (sweep, name, command, now(), json.dumps(about)),
         )
         cursor = self.db.execute(
-            "INSERT INTO run (sweep, started, status, pid, total_if_separate, unique_tasks, cached) VALUES (?, ?, 'running', ?, ?, ?, ?)",
+            "INSERT INTO run (sweep, started, status, pid, total_if_separate, unique_tasks, cached) "
+            "VALUES (?, ?, 'running', ?, ?, ?, ?)",
             (sweep, now(), os.getpid(), separate, unique, cached),
         )
         return int(cursor.lastrowid or 0)
@@ -104,8 +114,9 @@ class Ledger:
 
     def put_trial(self, sweep: str, position: int, trial: dict[str, Any]) -> None:
         self.db.execute(
-            "INSERT INTO trial VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (sweep, name) DO UPDATE SET position = excluded.position, "
-            "overrides = excluded.overrides, config = excluded.config, goals = excluded.goals, status = excluded.status, failure = excluded.failure",
+            "INSERT INTO trial VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT (sweep, name) DO UPDATE SET position = excluded.position, overrides = excluded.overrides, "
+            "config = excluded.config, goals = excluded.goals, status = excluded.status, failure = excluded.failure",
             (
                 sweep,
                 trial["name"],
@@ -177,7 +188,8 @@ class Ledger:
     def sweeps(self) -> list[sqlite3.Row]:
         """All sweeps, the latest taken up first."""
         return self.rows(
-            "SELECT sweep.*, MAX(run.id) AS latest FROM sweep JOIN run ON run.sweep = sweep.id GROUP BY sweep.id ORDER BY latest DESC"
+            "SELECT sweep.*, MAX(run.id) AS latest FROM sweep JOIN run ON run.sweep = sweep.id "
+            "GROUP BY sweep.id ORDER BY latest DESC"
         )
 
     def find_sweep(self, wanted: str | None) -> sqlite3.Row:
@@ -201,7 +213,9 @@ class Ledger:
         for start in range(0, len(fingerprints), 500):
             part = fingerprints[start : start + 500]
             marks = ",".join("?" * len(part))
-            found.update({row["fingerprint"]: row for row in self.rows(f"SELECT * FROM task WHERE fingerprint IN ({marks})", *part)})
+            found.update(
+                {row["fingerprint"]: row for row in self.rows(f"SELECT * FROM task WHERE fingerprint IN ({marks})", *part)}
+            )
         return found
 
     def tracked(self, sweep: str) -> str | None:

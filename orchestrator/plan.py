@@ -98,6 +98,8 @@ def build_plan(experiment: Experiment, device: str, threads: int) -> Plan:
 class Builder:
     def __init__(self, plan: Plan, device: str, threads: int) -> None:
         self.plan, self.device, self.threads = plan, device, threads
+        self._trial = ""
+        self._own: list[str] = []
         self._identities: dict[str, dict[str, Any]] = {}
 
     def add(
@@ -172,9 +174,7 @@ class Builder:
         export = self.add("export", f"export {trial.name}", {"card": card(trial)}, {"model": artifact})
         inputs = {"export": export, "tokens": test, "teacher": teacher, "score": score}
         if questions["n"]:
-            inputs["questions"] = self.add(
-                "questions", "questions", {**questions, "seed": trial.data.seed}, {"corpus": corpus}
-            )
+            inputs["questions"] = self.add("questions", "questions", {**questions, "seed": trial.data.seed}, {"corpus": corpus})
         spec = {"dtype": trial.evaluation.dtype, "tolerance": trial.evaluation.tolerance, "task": trial.data.source}
         evaluate = self.add("evaluate", f"evaluate {trial.name}", spec, inputs)
         timing = None
@@ -192,8 +192,8 @@ class Builder:
         inputs = {"model": artifact}
         also = (cls.__module__,)
         label = f"{stage.method} {trial.name}"
+        self.check_shapes(stage, model)
         if isinstance(stage.settings, LayerMethod):
-            self.check_shapes(stage, model)
             if cls.needs:
                 calibration = tokens("calibration", dataclasses.asdict(trial.data.calibration))
                 spec["dtype"] = trial.dtype
@@ -214,21 +214,25 @@ class Builder:
 
     def check_shapes(self, stage: Stage, model: str) -> None:
         try:
-            stage.settings.check_shapes(self.plan.models[model]["linears"])  # type: ignore[attr-defined]
+            stage.settings.check_shapes(self.plan.models[model]["linears"])
         except SettingsError as e:
-            raise ConfigError(f"block {self._trial!r}: recipe.{stage.name}.{e.setting} must be {e.allowed}, got {e.got!r}") from e
+            raise ConfigError(
+                f"block {self._trial!r}: recipe.{stage.name}.{e.setting} must be {e.allowed}, got {e.got!r}"
+            ) from e
 
 
 def settings_of(settings: Method) -> dict[str, Any]:
     """A settings object as plain JSON."""
-    return dataclasses.asdict(settings)  # type: ignore[call-overload, no-any-return]
+    return dataclasses.asdict(settings)  # type: ignore[call-overload]
 
 
 def card(trial: Trial) -> dict[str, Any]:
     """What the model card of an export says of how it was made."""
     settings = {stage.name: {"method": stage.method, **settings_of(stage.settings)} for stage in trial.stages}
     choices = [f"{key}={value}" for key, value in trial.overrides.items()]
-    command = " ".join(["pare run", f"model={trial.model.source}", f"data={trial.data.source}", f"recipe={trial.recipe}", *choices])
+    command = " ".join(
+        ["pare run", f"model={trial.model.source}", f"data={trial.data.source}", f"recipe={trial.recipe}", *choices]
+    )
     return {
         "recipe": trial.recipe,
         "settings": settings,

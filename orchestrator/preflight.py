@@ -16,7 +16,16 @@ from pare.orchestrator.plan import Plan, Task
 PROCESS_BYTES = 700e6
 """A worker with torch and transformers imported, before any model."""
 
-COPIES = {"import_model": 2, "score": 1.3, "calibrate": 1.3, "compress": 0.6, "train": 2.2, "export": 1, "evaluate": 1.4, "speed": 1.4}
+COPIES = {
+    "import_model": 2.0,
+    "score": 1.5,
+    "calibrate": 1.5,
+    "compress": 1.0,
+    "train": 4.0,
+    "export": 1.0,
+    "evaluate": 2.0,
+    "speed": 1.5,
+}
 """Task type -> peak memory in float32 copies of the model."""
 
 
@@ -27,7 +36,9 @@ def memory_need(task: Task, parameters: int) -> float:
 
 def disk_need(task: Task, parameters: int) -> float:
     """Bytes that a task's artifact takes at most."""
-    return {"import_model": 2.2, "calibrate": 4.0, "compress": 1.5, "train": 1.0, "export": 2.2}.get(task.type, 0.05) * parameters
+    return {"import_model": 2.2, "calibrate": 4.0, "compress": 1.5, "train": 1.0, "export": 2.2}.get(
+        task.type, 0.05
+    ) * parameters
 
 
 def check_feasible(plan: Plan, missing: list[Task], experiment: Experiment, home: Path, device: str) -> None:
@@ -40,16 +51,16 @@ def check_feasible(plan: Plan, missing: list[Task], experiment: Experiment, home
     need = memory_need(largest, parameters)
     if device == "cpu" and need > free:
         raise InfeasibleError(
-            f"not enough memory: '{largest.label}' needs about {need / 1e9:.1f} GB for a model of {parameters / 1e6:.0f} M parameters, "
-            f"{free / 1e9:.1f} GB are free. Close other programs, raise cluster.memory_gb if you set it, or take a smaller model "
-            "(model=tiny)."
+            f"not enough memory: '{largest.label}' needs about {need / 1e9:.1f} GB for a model of {parameters / 1e6:.0f} M "
+            f"parameters, {free / 1e9:.1f} GB are free. Close other programs, raise cluster.memory_gb if you set it, or take a "
+            "smaller model (model=tiny)."
         )
     need = sum(disk_need(task, parameters) for task in missing)
     free = hardware.free_disk(home, experiment.cluster.disk_gb)
     if need > free:
         raise InfeasibleError(
-            f"not enough disk: the {len(missing)} missing tasks write about {need / 1e9:.1f} GB to {home}, {free / 1e9:.1f} GB are free. "
-            "Make room, or set PARE_HOME to a directory on a larger disk."
+            f"not enough disk: the {len(missing)} missing tasks write about {need / 1e9:.1f} GB to {home}, "
+            f"{free / 1e9:.1f} GB are free. Make room, or set PARE_HOME to a directory on a larger disk."
         )
 
 

@@ -52,7 +52,9 @@ def build_record(ledger: Ledger, store: Store, sweep_id: str) -> dict[str, Any]:
     return record
 
 
-def trial_record(row: Any, goals: dict[str, Any] | None, tasks: dict[str, Any], users: dict[str, int], store: Store) -> dict[str, Any]:
+def trial_record(
+    row: Any, goals: dict[str, Any] | None, tasks: dict[str, Any], users: dict[str, int], store: Store
+) -> dict[str, Any]:
     """One entry of `trials`."""
     own = [tasks[fp] for fp in goals["tasks"] if fp in tasks] if goals else []
     results = {task["fingerprint"]: json.loads(task["result"] or "{}") for task in own if task["status"] == "done"}
@@ -61,7 +63,11 @@ def trial_record(row: Any, goals: dict[str, Any] | None, tasks: dict[str, Any], 
     curves: dict[str, list[list[float]]] = {}
     for task in own:
         # The base's score is the teacher of all trials; only a trial's own stages, export and measurements speak for it.
-        if goals is None or task["fingerprint"] not in results or (task["type"] == "score" and task["fingerprint"] != goals["score"]):
+        if (
+            goals is None
+            or task["fingerprint"] not in results
+            or (task["type"] == "score" and task["fingerprint"] != goals["score"])
+        ):
             continue
         result = results[task["fingerprint"]]
         if task["type"] not in ("score", "import_model", "corpus", "tokens", "questions"):
@@ -90,6 +96,7 @@ def trial_record(row: Any, goals: dict[str, Any] | None, tasks: dict[str, Any], 
         "error": json.loads(row["failure"]) if row["failure"] else None,
         "notes": notes,
         "curves": curves,
+        "windows": read_windows(store.path(goals["evaluate"])) if goals and row["status"] == "done" else {},
         "config": json.loads(row["config"]),
         "tasks": [
             {
@@ -132,6 +139,12 @@ def read_curves(path: Path) -> dict[str, list[list[float]]]:
             for name in point.keys() - {"step"}:
                 curves.setdefault(f"train/{name}", []).append([point["step"], point[name]])
     return curves
+
+
+def read_windows(evaluation: Path) -> dict[str, list[float]]:
+    """Sums over each test window, which comparisons of trials are drawn from: name -> one number per window."""
+    file = evaluation / "evaluation.json"
+    return dict(json.loads(file.read_text())["windows"]) if file.exists() else {}
 
 
 def outcome_digest(record: dict[str, Any]) -> str:

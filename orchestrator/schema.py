@@ -48,7 +48,9 @@ class Data:
     name: str | None = None
     path: str | None = None
     column: str = "text"
-    fractions: dict[str, float] = field(default_factory=lambda: {"train": 0.8, "validation": 0.05, "selection": 0.05, "test": 0.1})
+    fractions: dict[str, float] = field(
+        default_factory=lambda: {"train": 0.8, "validation": 0.05, "selection": 0.05, "test": 0.1}
+    )
     seed: int = 0
     calibration: Windows = field(default_factory=Windows)
     train: Windows = field(default_factory=Windows)

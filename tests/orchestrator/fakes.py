@@ -66,7 +66,9 @@ class Toy:
             return {"ok": False, "failure": "corrupt_input", "message": str(e), "artifact": e.fingerprint, "cost": {}}
         with self.store.attempt() as out:
             (out / "value.txt").write_text(label)
-            manifest, _ = self.store.publish(out, request["fingerprint"], request["type"], {"quality/ppl": 1.0}, {"wall_s": 1.0})
+            manifest, _ = self.store.publish(
+                out, request["fingerprint"], request["type"], {"quality/ppl": 1.0}, {"wall_s": 1.0}
+            )
         return {"ok": True, "digest": manifest["digest"], "result": manifest["result"], "cost": manifest["cost"]}
 
     def times(self) -> Counter[str]:

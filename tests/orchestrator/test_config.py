@@ -72,7 +72,10 @@ def test_invalid_combinations_can_be_skipped_and_are_listed() -> None:
         (["recipe=rtn", "+recipe.quantize.bitz=3"], ["'recipe.quantize.bitz'", "'recipe.quantize.bits'"]),
         (["recipe=rtn", "+typo=1"], ["unknown setting 'typo'"]),
         (["recipe=rtn", "+model.dtpe=float16"], ["'model.dtpe'", "'model.dtype'"]),
-        (["recipe=rtn", "recipe.quantize.bits=0"], ["recipe.quantize.bits must be in [2, 8], got 0", "Try: recipe.quantize.bits=4"]),
+        (
+            ["recipe=rtn", "recipe.quantize.bits=0"],
+            ["recipe.quantize.bits must be in [2, 8], got 0", "Try: recipe.quantize.bits=4"],
+        ),
         (["recipe=rtn", "recipe.quantize.bits=abc"], ["recipe.quantize.bits=abc", "Integer"]),
         (["recipe=rtn", "recipe.quantize.method=gptq"], ["method@recipe.quantize=gptq"]),
         (["experiment=demo", "recipe.quantize.bitz=3"], ["no recipe of this experiment", "'recipe.quantize.bits'"]),

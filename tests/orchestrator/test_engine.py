@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from tests.orchestrator import fakes
 import pytest
 
 from pare.orchestrator.engine import RETRIES
 from pare.orchestrator.errors import BusyError
 from pare.orchestrator.ledger import Ledger
 from pare.workers.store import Store
+from tests.orchestrator import fakes
 
 
 @pytest.fixture

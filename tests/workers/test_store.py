@@ -40,9 +40,13 @@ def test_the_second_publication_is_dropped(tmp_path: Path) -> None:
 def test_an_abandoned_attempt_leaves_nothing(tmp_path: Path) -> None:
     store = Store(tmp_path)
 
-    with pytest.raises(RuntimeError), store.attempt() as out:
-        (out / "half").write_text("x")
-        raise RuntimeError
+    def fail() -> None:
+        with store.attempt() as out:
+            (out / "half").write_text("x")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
 
     assert not store.has("ab" * 32)
     assert not list((tmp_path / "attempts").iterdir())
@@ -75,7 +79,9 @@ def test_a_torn_manifest_is_an_artifact_error(tmp_path: Path) -> None:
         store.open("ab" * 32)
 
 
-def test_a_crash_before_any_step_of_publishing_leaves_nothing_or_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_before_any_step_of_publishing_leaves_nothing_or_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Dies before the k-th fsync, write or rename for every k; the reader then sees nothing, or a verified artifact."""
 
     class Death(BaseException):

@@ -1,0 +1,158 @@
+"""The command line: exit codes, one-paragraph errors, nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pare.orchestrator import cli
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PARE_HOME", raising=False)
+    return tmp_path
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys\nfrom pare.orchestrator import cli\ntry:\n    cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "print([m for m in ('torch', 'ray', 'mlflow', 'hydra', 'transformers', 'rich') if m in sys.modules])"
+    )
+
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+    assert "pare run experiment=demo" in out
+    assert out.strip().endswith("[]")
+
+
+@pytest.mark.parametrize("verb", ["plan", "run", "status", "report", "methods", "export", "ui", "doctor"])
+def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([verb, "--help"])
+
+    assert end.value.code == 0
+    assert f"example: pare {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["run", "experiment=nope"], 2, "unknown experiment 'nope'"),
+        (["run", "recipe=rtn", "method@recipe.quantize=gtpq"], 2, "Did you mean 'gptq'"),
+        (["run", "recipe=rtn", "recipe.quantize.bitz=3"], 2, "recipe.quantize.bits"),
+        (["run", "recipe=rtn", "+typo=1"], 2, "unknown setting 'typo'"),
+        (["run", "recipe=rtn", "recipe.quantize.bits=0"], 2, "must be in [2, 8], got 0"),
+        (["run", "recipe=rtn", "model=tiny", "recipe.quantize.group_size=96"], 2, "group_size"),
+        (["run", "recipe=rtn", "model=hf", "model.path=/no/such/model"], 2, "model.path"),
+        (["run", "recipe=rtn", "data=text", "data.path=/no/such/file"], 2, "data.path"),
+        (["run", "recipe=rtn", "model=tiny", "cluster.memory_gb=0.01"], 4, "not enough memory"),
+        (["run", "recipe=rtn", "model=tiny", "cluster.disk_gb=0.0001"], 4, "not enough disk"),
+        (["plan", "recipe=rtn", "model=tiny", "cluster.device=cuda"], 4, "no GPU answers"),
+        (["report"], 2, "no sweep"),
+        (["status", "--json"], 2, "no sweep"),
+        (["export", "x"], 2, "no sweep"),
+        (["ui"], 2, "nothing is tracked"),
+    ],
+)
+def test_bad_input_is_one_paragraph_with_its_exit_code_and_leaves_nothing(
+    here: Path, capsys: pytest.CaptureFixture, arguments: list[str], code: int, words: str
+) -> None:
+    if arguments[-1] == "cluster.device=cuda":
+        from pare.orchestrator import hardware
+
+        if hardware.gpus():
+            pytest.skip("this machine has a GPU")
+
+    assert cli.main(arguments) == code
+
+    error = capsys.readouterr().err
+    assert words in error
+    assert "Traceback" not in error
+    assert not list(here.iterdir())
+
+
+def test_an_empty_text_file_is_refused_by_its_name(here: Path, capsys: pytest.CaptureFixture) -> None:
+    (here / "empty.txt").touch()
+
+    assert cli.main(["run", "recipe=rtn", "model=tiny", "data=text", "data.path=empty.txt"]) == 2
+
+    assert "empty.txt" in capsys.readouterr().err
+    assert [p.name for p in here.iterdir()] == ["empty.txt"]
+
+
+def test_a_disk_that_is_really_full_is_refused_before_anything_is_written(
+    here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+
+    assert cli.main(["run", "recipe=rtn", "model=tiny"]) == 4
+
+    assert "not enough disk" in capsys.readouterr().err
+    assert not list(here.iterdir())
+
+
+def test_methods_as_json_name_kind_family_needs_settings_and_source(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["methods", "--json"]) == 0
+
+    found = {m["name"]: m for m in json.loads(capsys.readouterr().out)}
+    assert set(found) >= {"rtn", "gptq", "lora", "qlora"}
+    assert found["gptq"]["kind"] == "layer"
+    assert found["gptq"]["family"] == "quantize"
+    assert found["gptq"]["needs"] == ["gram"]
+    assert all(s["doc"] for m in found.values() for s in m["settings"])
+    assert all(m["source"] and m["summary"] for m in found.values())
+
+
+def test_a_plan_is_readable_and_its_check_tells_whether_there_is_work(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["plan", "experiment=smoke", "--json", "--check"]) == 10
+
+    plan = json.loads(capsys.readouterr().out)
+    states = [task["state"] for task in plan["plan"]]
+    assert plan["tasks"]["unique"] == plan["tasks"]["new"] == len(states)
+    assert plan["tasks"]["total_if_separate"] > plan["tasks"]["unique"]
+    labels = [task["label"] for task in plan["plan"]]
+    assert len([label for label in labels if label.startswith("calibrate")]) == 1
+    assert len([label for label in labels if label.startswith("import")]) == 1
+    assert not list(here.iterdir())
+
+
+def test_the_composed_config_can_be_printed(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["plan", "experiment=demo", "seed=7", "--cfg", "job"]) == 0
+
+    assert "seed: 7" in capsys.readouterr().out
+
+
+def test_an_option_may_stand_between_overrides(here: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["plan", "recipe=rtn", "--json", "model=tiny", "recipe.quantize.bits=3,4"]) == 0
+
+    assert len(json.loads(capsys.readouterr().out)["trials"]) == 2
+
+
+def test_doctor_names_every_library_and_a_remedy_for_what_is_wrong(here: Path, capsys: pytest.CaptureFixture) -> None:
+    cli.main(["doctor", "--json"])
+
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert {f["what"] for f in findings} >= {"python", "torch", "ray", "mlflow", "GPU", "free memory", "free disk", "PARE_HOME"}
+    assert all(f["remedy"] for f in findings if f["state"] != "ok")
+
+
+def test_doctor_reports_a_cpu_build_of_torch_on_a_machine_with_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from pare.orchestrator import doctor, hardware
+
+    monkeypatch.setattr(hardware, "gpus", lambda: ("NVIDIA H100",))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+
+    found = doctor.torch_build()
+
+    assert found["state"] == "fail"
+    assert "CPU-only" in found["found"]
+    assert found["remedy"] == "make setup TORCH=cuda"

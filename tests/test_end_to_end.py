@@ -1,0 +1,226 @@
+"""Real runs through the installed command: real Ray, real MLflow on SQLite, real models. `make test-slow`."""
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+PARE = [sys.executable, "-m", "pare"]
+SMALL = ["evaluation.windows={sequences: 4, length: 128}", "evaluation.questions.n=8", "evaluation.speed.repeats=0"]
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Of a user who has set nothing but PARE_HOME."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "RAY_", "PARE_", "PYTEST"))}
+    return {**kept, "PARE_HOME": str(home)}
+
+
+def pare(home: Path, *arguments: str, cwd: Path | None = None, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([*PARE, *arguments], capture_output=True, text=True, env=environment(home), cwd=cwd, timeout=800)
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done
+
+
+def report(home: Path) -> dict[str, Any]:
+    return json.loads(pare(home, "report", "--json").stdout)
+
+
+def labels(plan: dict[str, Any], state: str) -> set[str]:
+    return {task["label"] for task in plan["plan"] if task["state"] == state}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home in which the smoke experiment has run, started from a directory with folders named like Pare's own."""
+    home = tmp_path_factory.mktemp("home")
+    user = tmp_path_factory.mktemp("user")
+    for folder in ("methods", "conf", "workers", "orchestrator", "tracking"):
+        (user / folder).mkdir()
+        (user / folder / "__init__.py").write_text("raise RuntimeError('the user\\'s own folder was imported')\n")
+    (user / "conf" / "config.yaml").write_text("mine: true\n")
+    pare(home, "run", "experiment=smoke", cwd=user)
+    return home
+
+
+def test_every_kind_of_method_runs_and_a_front_comes_out(smoke: Path) -> None:
+    record = report(smoke)
+
+    trials = {t["trial"]: t for t in record["trials"]}
+    assert record["schema_version"] == 1
+    assert {t["status"] for t in trials.values()} == {"done"}
+    assert len(trials) == 9
+    assert record["tasks"]["executed"] == record["tasks"]["unique"] < record["tasks"]["total_if_separate"]
+    assert any(t["pareto"] for t in trials.values())
+    for trial in trials.values():
+        assert abs(trial["metrics"]["quality/ppl"] / trial["metrics"]["quality/ppl_in_memory"] - 1) < 0.005
+        weights = list(Path(trial["export_path"]).rglob("*.safetensors"))
+        assert trial["metrics"]["size/bytes"] == sum(f.stat().st_size for f in weights)
+    assert trials["rtn-bits=3"]["metrics"]["size/bytes"] < trials["rtn-bits=4"]["metrics"]["size/bytes"]
+    assert trials["base"]["metrics"]["quality/kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_same_again_executes_nothing_and_starts_no_ray(smoke: Path) -> None:
+    before = time.monotonic()
+    done = pare(smoke, "run", "experiment=smoke", "--json")
+
+    record = json.loads(done.stdout)
+    assert record["tasks"]["executed"] == 0
+    assert record["tasks"]["cached"] == record["tasks"]["unique"]
+    assert time.monotonic() - before < 60
+    assert pare(smoke, "plan", "experiment=smoke", "--check").returncode == 0
+
+
+def test_one_more_bit_width_runs_only_what_the_plan_said(smoke: Path) -> None:
+    wider = ["experiment=smoke", "blocks.gptq.recipe.quantize.bits=4,3,2"]
+    planned = labels(json.loads(pare(smoke, "plan", *wider, "--json").stdout), "new")
+
+    record = json.loads(pare(smoke, "run", *wider, "--json").stdout)
+
+    assert planned == {f"{what} gptq-bits=2" for what in ("gptq", "score", "export", "evaluate")}
+    assert record["tasks"]["executed"] == len(planned)
+
+
+def test_mlflow_holds_one_parent_and_one_child_for_each_trial(smoke: Path) -> None:
+    pare(smoke, "run", "experiment=smoke")
+    db = sqlite3.connect(smoke / "mlflow.db")
+    tags = {(r, k): v for r, k, v in db.execute("SELECT run_uuid, key, value FROM tags")}
+    parents = {r for (r, k), v in tags.items() if k == "pare.sweep" and (r, "mlflow.parentRunId") not in tags}
+    smoke_parent = [r for r in parents if tags[r, "pare.sweep"] == report(smoke)["sweep"]]
+
+    assert len(smoke_parent) == 1
+    children = {r for (r, k), v in tags.items() if k == "mlflow.parentRunId" and v == smoke_parent[0]}
+    assert len(children) == 9
+    logged = {r for r, k in db.execute("SELECT run_uuid, key FROM latest_metrics") if k == "quality/ppl"}
+    assert children <= logged
+    assert {s for r, s in db.execute("SELECT run_uuid, status FROM runs") if r in children} == {"FINISHED"}
+
+
+def test_an_export_opens_where_there_is_no_pare(smoke: Path, tmp_path: Path) -> None:
+    pare(smoke, "export", "gptq-bits=4", "--to", str(tmp_path / "model"))
+    program = (
+        "import sys; sys.modules['pare'] = None\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r})\n"
+        f"t = AutoTokenizer.from_pretrained({str(tmp_path / 'model')!r})\n"
+        "print(m(**t('The file object', return_tensors='pt')).logits.isfinite().all().item())"
+    )
+
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+
+    assert out.strip() == "True"
+
+
+def test_an_adapter_export_opens_from_where_it_was_put(smoke: Path, tmp_path: Path) -> None:
+    pare(smoke, "export", "lora-rank=2", "--to", str(tmp_path / "model"))
+    program = (
+        "import sys; sys.modules['pare'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"m = AutoModelForCausalLM.from_pretrained({str(tmp_path / 'model')!r})\n"
+        "print(any('lora' in n for n, _ in m.named_parameters()))"
+    )
+
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd="/").stdout
+
+    assert out.strip() == "True"
+
+
+def test_a_killed_driver_leaves_its_work_to_the_same_command(tmp_path: Path) -> None:
+    command = ["run", "recipe=rtn,gptq", "model=tiny", "recipe.quantize.bits=4,3", *SMALL, "tracking.enabled=false"]
+    with (tmp_path / "first.log").open("w") as log:
+        driver = subprocess.Popen([*PARE, *command], env=environment(tmp_path), stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while finished(tmp_path) < 8:
+        assert driver.poll() is None, (tmp_path / "first.log").read_text()
+        assert time.monotonic() < deadline, (tmp_path / "first.log").read_text()
+        time.sleep(0.1)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    n_before = finished(tmp_path)
+
+    pare(tmp_path, *command)
+
+    attempts = sqlite3.connect(tmp_path / "ledger.db").execute(
+        "SELECT fingerprint, SUM(status = 'done'), SUM(status = 'lost') FROM attempt GROUP BY fingerprint"
+    )
+    rows = attempts.fetchall()
+    assert n_before >= 8
+    assert {done for _, done, _ in rows} <= {0, 1}, "a finished task ran twice"
+    assert {t["status"] for t in report(tmp_path)["trials"]} == {"done"}
+    wait_until_gone(str(tmp_path))
+
+
+def finished(home: Path) -> int:
+    return len(list((home / "store" / "objects").glob("*/*/manifest.json")))
+
+
+def wait_until_gone(word: str) -> None:
+    """No process that was started for this home is left, half a minute after its driver has ended."""
+    for _ in range(60):
+        listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+        left = [line for line in listed.splitlines() if word in line and "pytest" not in line]
+        if not left:
+            return
+        time.sleep(0.5)
+    raise AssertionError(f"still running: {left}")
+
+
+def test_an_interrupted_driver_says_how_to_go_on(tmp_path: Path) -> None:
+    command = ["run", "recipe=rtn", "model=tiny", *SMALL, "tracking.enabled=false"]
+    driver = subprocess.Popen([*PARE, *command], env=environment(tmp_path), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while finished(tmp_path) < 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    driver.send_signal(signal.SIGINT)
+    _, error = driver.communicate(timeout=60)
+
+    assert driver.returncode == 130
+    assert "Go on with:" in error
+    assert "recipe=rtn" in error
+    assert json.loads(pare(tmp_path, "status", "--json").stdout)["status"] == "interrupted"
+
+
+def test_on_a_real_model_gptq_is_better_than_rtn_at_three_bits(tmp_path: Path) -> None:
+    """SmolLM2-135M, 3 bits, groups of 64: the comparison of the demo at a quarter of its size."""
+    pare(
+        tmp_path,
+        "run",
+        "recipe=rtn,gptq",
+        "recipe.quantize.bits=3",
+        "data.calibration={sequences: 8, length: 512}",
+        "evaluation.windows={sequences: 4, length: 512}",
+        "evaluation.questions.n=0",
+        "evaluation.speed={prompt_tokens: 32, new_tokens: 4, repeats: 1}",
+        "tracking.enabled=false",
+    )
+
+    trials = {t["recipe"]: t["metrics"] for t in report(tmp_path)["trials"]}
+    assert trials["gptq"]["quality/ppl"] < trials["rtn"]["quality/ppl"]
+    assert trials["gptq"]["quality/kl"] < trials["rtn"]["quality/kl"]
+    for metrics in trials.values():
+        assert abs(metrics["quality/ppl"] / metrics["quality/ppl_in_memory"] - 1) < 0.005
+        assert any(name.startswith("speed/") for name in metrics)
+
+
+def test_a_tracking_server_that_is_down_costs_no_result(tmp_path: Path) -> None:
+    command = [*PARE, "run", "recipe=rtn", "model=tiny", *SMALL]
+    env = {
+        **environment(tmp_path),
+        "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "2",
+    }
+
+    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+    assert done.returncode == 6, done.stderr[-3000:]
+    assert "tracking is behind" in done.stderr
+    assert {t["status"] for t in report(tmp_path)["trials"]} == {"done"}

@@ -1,0 +1,328 @@
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pare.methods.contract import Context
+from pare.methods.finetune.lora import Lora
+from pare.workers.models import ModelArtifact, load_in_memory
+from pare.workers.task import TaskContext, TaskError
+from pare.workers.tasks import train as train_task
+from pare.workers.training import Engine, Step, shuffled, train
+
+CPU = torch.device("cpu")
+SEQUENCES = torch.randint(96, (6, 16), generator=torch.Generator().manual_seed(3))
+
+
+def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def run(method: Lora, out: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[list[Step], nn.Module]:
+    out.mkdir(exist_ok=True)
+    model = method.prepare(llama(dtype), Context(CPU, seed))
+    return train(method, model, SEQUENCES, out, seed, Engine(CPU, dtype)), model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Imports what training imports; then the Trainer's collection of garbage need not walk all that each time."""
+    run(Lora(steps=1), tmp_path_factory.mktemp("warm"))
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+def weights(model: nn.Module) -> Tensor:
+    """All that was trained, as one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def mean_loss(model: nn.Module, ids: Tensor) -> float:
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits
+    return cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+
+
+def test_the_loss_of_a_step_is_the_mean_over_the_tokens_of_its_whole_batch(tmp_path: Path) -> None:
+    steps, _ = run(Lora(steps=2, batch_size=4, micro_batch_size=2, warmup=0), tmp_path)
+
+    first_batch = SEQUENCES[shuffled(6, 4, seed=0)]
+    assert steps[0].loss == pytest.approx(mean_loss(llama(), first_batch), abs=1e-5)
+
+
+def test_training_learns_and_leaves_the_base_as_it_was(tmp_path: Path) -> None:
+    steps, model = run(Lora(steps=12, batch_size=2, learning_rate=1e-2), tmp_path)
+
+    assert steps[-1].loss < steps[0].loss - 0.1
+    untouched = dict(llama().named_parameters())
+    for name, parameter in model.unload().named_parameters():
+        assert torch.equal(parameter, untouched[name]), name
+
+
+@dataclass
+class HalfTheTokens(Lora):
+    """Learns to predict the tokens below 48 only, so that sequences count for unlike numbers of tokens."""
+
+    name = "half"
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        ids = batch["input_ids"]
+        logits = model(input_ids=ids).logits[:, :-1]
+        targets = ids[:, 1:].where(ids[:, 1:] < 48, -100)
+        return cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"), (targets >= 0).sum()
+
+
+@pytest.mark.parametrize("cls", [Lora, HalfTheTokens])
+def test_the_micro_batch_changes_memory_and_not_the_result(tmp_path: Path, cls: type[Lora]) -> None:
+    results = [run(cls(steps=3, batch_size=4, micro_batch_size=m, learning_rate=1e-2), tmp_path) for m in (4, 2, 1)]
+
+    for steps, model in results[1:]:
+        for one, other in zip(results[0][0], steps, strict=True):
+            assert one.loss == pytest.approx(other.loss, abs=1e-5)
+        assert torch.allclose(weights(results[0][1]), weights(model), atol=2e-5)
+
+
+def test_a_gradient_is_divided_by_the_tokens_that_the_method_counted(tmp_path: Path) -> None:
+    seen: list[Tensor] = []
+
+    @dataclass
+    class Watched(HalfTheTokens):
+        def after_backward(self, step: int) -> None:
+            seen.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+
+    method = Watched(steps=1, batch_size=4, micro_batch_size=1)
+    model = method.prepare(llama(), Context(CPU))
+    train(method, model, SEQUENCES, tmp_path, 0, Engine(CPU, torch.float32))
+
+    fresh = Lora().prepare(llama(), Context(CPU))
+    total, tokens = method.loss(fresh, {"input_ids": SEQUENCES[shuffled(6, 4, seed=0)]})
+    (total / tokens).backward()
+    expected = torch.cat([p.grad.flatten() for p in fresh.parameters() if p.requires_grad])
+    assert tokens < 4 * 15
+    assert torch.allclose(seen[0], expected, atol=1e-6)
+
+
+def test_every_sequence_comes_once_before_any_comes_again() -> None:
+    rows = shuffled(6, 15, seed=4)
+
+    assert sorted(rows[:6]) == sorted(rows[6:12]) == list(range(6))
+    assert len(set(rows[12:])) == 3
+    assert rows == shuffled(6, 15, seed=4) != shuffled(6, 15, seed=5)
+    assert rows[:6] != rows[6:12]
+
+
+def test_one_seed_gives_one_result_bit_for_bit_and_another_seed_another(tmp_path: Path) -> None:
+    method = Lora(steps=3, batch_size=2, dropout=0.3, learning_rate=1e-2)
+
+    first, again, other = (run(method, tmp_path / str(i), seed) for i, seed in enumerate((1, 1, 2)))
+
+    assert first[0] == again[0]
+    assert torch.equal(weights(first[1]), weights(again[1]))
+    assert not torch.allclose(weights(first[1]), weights(other[1]), atol=1e-4)
+
+
+def test_dropout_is_drawn_from_the_seed(tmp_path: Path) -> None:
+    method = Lora(steps=2, dropout=0.5, learning_rate=1e-2, warmup=0)
+
+    def after(seed: int) -> Tensor:
+        model = method.prepare(llama(), Context(CPU, seed))
+        train(method, model, SEQUENCES[:1], tmp_path, seed, Engine(CPU, torch.float32))  # one sequence has one order
+        return weights(model)
+
+    assert torch.equal(after(1), after(1))
+    assert not torch.allclose(after(1), after(2), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [0, 0.5, 1, 1, 1, 1]),
+        ("linear", [0, 0.5, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0, 0.5, *(0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4))]),
+    ],
+)
+def test_the_curve_holds_every_step_and_the_rate_it_was_taken_with(tmp_path: Path, schedule: str, rates: list[float]) -> None:
+    # Two of six steps rise; a decay then runs over the other four.
+    method = Lora(steps=6, warmup=0.3, learning_rate=0.02, schedule=schedule)
+    steps, _ = run(method, tmp_path)
+
+    curve = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+
+    assert [line["step"] for line in curve] == [1, 2, 3, 4, 5, 6]
+    assert [line["loss"] for line in curve] == [step.loss for step in steps]
+    assert [line["learning_rate"] / 0.02 for line in curve] == pytest.approx(rates)
+
+
+def test_hooks_see_gradients_before_and_new_weights_after_the_optimizer(tmp_path: Path) -> None:
+    events: list[tuple[str, int, bool]] = []
+
+    @dataclass
+    class Watched(Lora):
+        def after_backward(self, step: int) -> None:
+            changed = not torch.equal(weights(model), last[0])
+            events.append(("backward", step, changed))
+            assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+        def after_step(self, step: int) -> None:
+            events.append(("step", step, not torch.equal(weights(model), last[0])))
+            last[0] = weights(model)
+
+    method = Watched(steps=2, batch_size=2, micro_batch_size=1, warmup=0)
+    model = method.prepare(llama(), Context(CPU))
+    last = [weights(model)]
+    train(method, model, SEQUENCES, tmp_path, 0, Engine(CPU, torch.float32))
+
+    assert events == [("backward", 1, False), ("step", 1, True), ("backward", 2, False), ("step", 2, True)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_ends_the_task_with_the_weights_before_it(tmp_path: Path, value: float) -> None:
+    calls: list[Tensor] = []
+
+    @dataclass
+    class Breaks(Lora):
+        def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+            calls.append(weights(model))
+            total, tokens = super().loss(model, batch)
+            return (total * value if len(calls) == 5 else total), tokens
+
+    method = Breaks(steps=4, batch_size=2, micro_batch_size=1, warmup=0)
+    model = method.prepare(llama(), Context(CPU))
+
+    with pytest.raises(
+        TaskError, match=r"lora: the loss is (nan|inf) at step 3 of 4.*Try: a learning_rate below 0\.0002"
+    ) as error:
+        train(method, model, SEQUENCES, tmp_path, 0, Engine(CPU, torch.float32))
+
+    assert error.value.failure == "nonfinite"
+    assert torch.equal(weights(model), calls[4])
+    assert len((tmp_path / "curve.jsonl").read_text().splitlines()) == 2
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["curve.jsonl"]
+
+
+def test_weights_that_the_last_step_spoils_end_the_task_too(tmp_path: Path) -> None:
+    @dataclass
+    class Breaks(Lora):
+        def after_backward(self, step: int) -> None:
+            if step == 2:
+                next(p for p in model.parameters() if p.requires_grad).grad[0, 0] = float("nan")
+
+    method = Breaks(steps=2, warmup=0)
+    model = method.prepare(llama(), Context(CPU))
+
+    with pytest.raises(TaskError, match="not finite after the last step") as error:
+        train(method, model, SEQUENCES, tmp_path, 0, Engine(CPU, torch.float32))
+    assert error.value.failure == "nonfinite"
+
+
+def test_in_bfloat16_the_adapters_are_still_updated_in_float32(tmp_path: Path) -> None:
+    # In bfloat16 such steps of 1e-5 would be lost beside values of 0.1.
+    steps, model = run(Lora(steps=3, learning_rate=1e-5, warmup=0), tmp_path, dtype=torch.bfloat16)
+
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    start = dict(Lora().prepare(llama(torch.bfloat16), Context(CPU)).named_parameters())
+    assert all(math.isfinite(step.loss) for step in steps)
+    for name, parameter in trained.items():
+        assert parameter.dtype == torch.float32
+        if "lora_A" in name:
+            assert (parameter != start[name]).float().mean() > 0.9, name
+
+
+def test_in_bfloat16_the_products_with_the_adapters_are_bfloat16_too(tmp_path: Path) -> None:
+    method = Lora(steps=1)
+    model = method.prepare(llama(torch.bfloat16), Context(CPU))
+    products: list[Tensor] = []
+    a = model.get_base_model().model.layers[0].mlp.up_proj.lora_A["default"]
+    a.register_forward_hook(lambda module, args, output: products.append(output))
+
+    train(method, model, SEQUENCES, tmp_path, 0, Engine(CPU, torch.bfloat16))
+
+    assert [product.dtype for product in products] == [torch.bfloat16]
+
+
+def test_bfloat16_and_float32_train_alike(tmp_path: Path) -> None:
+    method = Lora(steps=8, batch_size=2, learning_rate=1e-2)
+
+    exact, rough = run(method, tmp_path)[0], run(method, tmp_path, dtype=torch.bfloat16)[0]
+
+    for one, other in zip(exact, rough, strict=True):
+        assert one.loss == pytest.approx(other.loss, abs=0.02)
+
+
+def test_nothing_is_printed_and_nothing_is_left_but_the_curve(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    method = Lora(steps=2)
+    model = method.prepare(llama(), Context(CPU))
+    capfd.readouterr()
+
+    train(method, model, SEQUENCES, tmp_path, 0, Engine(CPU, torch.float32))
+
+    assert capfd.readouterr().out == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["curve.jsonl"]
+    assert not model.training
+
+
+def test_an_unknown_optimizer_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"lora\.optimizer must be one of .*adamw_torch.*, got 'adamm'"):
+        run(Lora(optimizer="adamm"), tmp_path)
+
+
+def context(tmp_path: Path, method: str, dtype: str = "float32", **settings: Any) -> TaskContext:
+    """A task `train` on a stored base; the progress it makes is kept in `seen`."""
+    base, tokens, out = tmp_path / "base", tmp_path / "tokens", tmp_path / "out"
+    for directory in (base, tokens, out):
+        directory.mkdir()
+    llama(torch.bfloat16).save_pretrained(base)
+    save_file({"input_ids": SEQUENCES}, tokens / "tokens.safetensors")
+    spec = {"method": method, "settings": settings, "seed": 5, "dtype": dtype}
+    return TaskContext(
+        spec,
+        {"model": base, "tokens": tokens},
+        out,
+        resolve={"the-base": base}.__getitem__,
+        fingerprint_of={"model": "the-base"},
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_task_writes_the_model_that_it_trained(tmp_path: Path, method: str) -> None:
+    ctx = context(tmp_path, method, steps=8, batch_size=2, rank=2, learning_rate=1e-2)
+    seen: list[tuple[int, int, str]] = []
+    ctx.progress = lambda done, total, unit: seen.append((done, total, unit))
+
+    result = train_task.run(ctx)
+
+    artifact = ModelArtifact(ctx.out, ctx.resolve)
+    curve = [json.loads(line)["loss"] for line in (ctx.out / "curve.jsonl").read_text().splitlines()]
+    assert result["train/loss_first"] == pytest.approx((curve[0] + curve[1]) / 2)
+    assert result["train/loss_last"] == pytest.approx((curve[6] + curve[7]) / 2)
+    assert result["cost/tokens"] == 8 * 2 * 16
+    assert result["train/trainable_parameters"] == 2 * 2 * (2 * 128 + 2 * 96 + 3 * 192)
+    assert seen == [(i, 8, "steps") for i in range(1, 9)]
+    assert artifact.base_fingerprint == "the-base"
+    assert sorted(p.name for p in (ctx.out / "adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    # The next batch in order would have cost less than it does the base: what was trained is in the artifact.
+    tuned, base = load_in_memory(artifact, torch.float32), load_in_memory(artifact.dense, torch.float32)
+    assert mean_loss(tuned, SEQUENCES) < mean_loss(base, SEQUENCES) - 0.05
+    assert mean_loss(tuned, SEQUENCES) == pytest.approx(result["train/loss_last"], abs=0.1)
+
+
+def test_the_task_refuses_a_dtype_that_it_cannot_train_in(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"lora trains in float32 or bfloat16, got dtype=float16\. Try: dtype=bfloat16"):
+        train_task.run(context(tmp_path, "lora", "float16"))
