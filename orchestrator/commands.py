@@ -216,7 +216,9 @@ def default_of(field: Any) -> Any:
 def export(arguments: argparse.Namespace, home: Path) -> int:
     """Copies a trial's exported model to a directory."""
     from pare.orchestrator.ledger import Ledger
+    from pare.orchestrator.record import build_record
     from pare.workers.export import adapter
+    from pare.workers.export.card import with_metrics
     from pare.workers.store import MANIFEST, ArtifactError, Store
 
     ledger = Ledger(home)
@@ -225,11 +227,12 @@ def export(arguments: argparse.Namespace, home: Path) -> int:
     if arguments.trial not in trials:
         raise ConfigError(f"sweep {sweep['id']} has no trial {arguments.trial!r}.{nearest(arguments.trial, trials)}")
     goals = json.loads(trials[arguments.trial]["goals"])
+    store = Store(home / "store")
     target = Path(arguments.to or arguments.trial)
     if target.exists():
         raise ConfigError(f"--to {target}: exists already; name a directory that does not")
     try:
-        source = Store(home / "store").open(goals["export"]) if goals else None
+        source = store.open(goals["export"]) if goals else None
     except ArtifactError as e:
         raise ConfigError(f"{e}. Make it again: {sweep['command']}") from e
     if source is None:
@@ -239,6 +242,9 @@ def export(arguments: argparse.Namespace, home: Path) -> int:
     partial.rename(target)
     if (target / "adapter_config.json").exists():
         adapter.relocate(target)
+    record = build_record(ledger, store, sweep["id"])
+    metrics = next(t["metrics"] for t in record["trials"] if t["trial"] == arguments.trial)
+    (target / "README.md").write_text(with_metrics((target / "README.md").read_text(), metrics))
     about = json.loads((target / "export.json").read_text())
     print(f"{target}: {about['format']}, opens with {about['opens_with']}")
     return 0

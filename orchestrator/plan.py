@@ -171,7 +171,9 @@ class Builder:
         if trial.stages:
             spec = {"dtype": trial.evaluation.dtype, "keep_hidden": False}
             score = self.add("score", f"score {trial.name}", spec, {"model": artifact, "tokens": test, "teacher": teacher})
-        export = self.add("export", f"export {trial.name}", {"card": card(trial)}, {"model": artifact})
+        export = self.add(
+            "export", f"export {trial.name}", {"card": card(trial, self.plan.models[model]["license"])}, {"model": artifact}
+        )
         inputs = {"export": export, "tokens": test, "teacher": teacher, "score": score}
         if questions["n"]:
             inputs["questions"] = self.add("questions", "questions", {**questions, "seed": trial.data.seed}, {"corpus": corpus})
@@ -226,7 +228,7 @@ def settings_of(settings: Method) -> dict[str, Any]:
     return dataclasses.asdict(settings)  # type: ignore[call-overload]
 
 
-def card(trial: Trial) -> dict[str, Any]:
+def card(trial: Trial, licence: str) -> dict[str, Any]:
     """What the model card of an export says of how it was made."""
     settings = {stage.name: {"method": stage.method, **settings_of(stage.settings)} for stage in trial.stages}
     choices = [f"{key}={value}" for key, value in trial.overrides.items()]
@@ -237,6 +239,7 @@ def card(trial: Trial) -> dict[str, Any]:
         "recipe": trial.recipe,
         "settings": settings,
         "base": trial.model.name or "local model",
+        "licence": licence,
         "data": trial.data.name or "local data",
         "calibration": dataclasses.asdict(trial.data.calibration),
         "seed": trial.seed,

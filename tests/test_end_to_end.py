@@ -117,6 +117,9 @@ def test_an_export_opens_where_there_is_no_pare(smoke: Path, tmp_path: Path) -> 
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
 
     assert out.strip() == "True"
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| `quality/ppl` |" in card
+    assert "| licence | psf-2.0 |" in card
 
 
 def test_an_adapter_export_opens_from_where_it_was_put(smoke: Path, tmp_path: Path) -> None:

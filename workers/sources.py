@@ -71,7 +71,7 @@ def describe_model(spec: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns `architecture` (class name), `n_parameters` (a tied head counted once), `linears` (parameter name ->
     [out, in] of the linears in the decoder blocks), `dtype_bytes` (bytes of a weight once imported), `tied`,
-    `n_blocks`, `width`, `vocab_size`.
+    `n_blocks`, `width`, `vocab_size`, `license`.
     """
     if spec["source"] == "smollm2":
         gguf = Gguf(smollm2_file())
@@ -98,7 +98,27 @@ def describe_model(spec: Mapping[str, Any]) -> dict[str, Any]:
         "n_blocks": text_config.get("num_hidden_layers", text_config.get("n_layer")),
         "width": text_config.get("hidden_size", text_config.get("n_embd")),
         "vocab_size": text_config.get("vocab_size"),
+        "license": license_of(spec),
     }
+
+
+def license_of(spec: Mapping[str, Any]) -> str:
+    """The licence of a model as far as it can be known without a connection; else `unknown`."""
+    if spec["source"] == "smollm2":
+        return str(Gguf(smollm2_file()).metadata["general.license"])
+    if spec["source"] == "tiny":
+        return "psf-2.0"  # made from the text of Python's documentation
+    directory = model_directory(spec)
+    return declared_license(directory) if directory else "unknown"
+
+
+def declared_license(directory: Path) -> str:
+    """The licence that a model card's header names, e.g. `apache-2.0`; `unknown` where there is none."""
+    card = directory / "README.md"
+    parts = card.read_text(errors="replace").split("---", 2) if card.exists() else []
+    header = parts[1] if len(parts) == 3 and not parts[0].strip() else ""
+    found = re.search(r"^license:\s*['\"]?([\w.+-]+)", header, re.MULTILINE)
+    return found.group(1) if found else "unknown"
 
 
 def smollm2_file() -> Path:

@@ -19,6 +19,20 @@ tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)""",
 """How to open an export, by the way of opening."""
 
 
+METRICS_LATER = "They are measured on this export after it is written: see the report of Pare (`pare report`)."
+
+
+def with_metrics(text: str, metrics: Mapping[str, float]) -> str:
+    """A model card with the figures that were measured on its export, intervals in brackets."""
+    rows = []
+    for name, value in sorted(metrics.items()):
+        if name.startswith(("quality/", "size/", "speed/", "memory/")) and not name.endswith(("_low", "_high", "_iqr")):
+            low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+            interval = f" ({low:.4g} to {high:.4g})" if low is not None and high is not None else ""
+            rows.append(f"| `{name}` | {value:,.6g}{interval} |")
+    return text.replace(METRICS_LATER, "\n".join(["| metric | value |", "|---|---|", *rows]))
+
+
 def model_card(card: Mapping[str, Any], facts: Mapping[str, Any], how_to_open: str) -> str:
     """card: what the trial says of itself; facts: `format`, `opens_with`, `reason` and sizes of the export."""
     base = card.get("base", "not stated")
@@ -53,7 +67,7 @@ def model_card(card: Mapping[str, Any], facts: Mapping[str, Any], how_to_open: s
         "",
         "## Metrics",
         "",
-        "They are measured on this export after it is written: see the report of Pare (`pare report`).",
+        METRICS_LATER,
         "",
         "## Make it again",
         "",

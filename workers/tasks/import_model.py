@@ -7,7 +7,6 @@ tiny model `train/loss` (nats per byte).
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,10 @@ from pare.workers.models import dense_index
 from pare.workers.sources import (
     check_model_directory,
     check_unchanged,
+    declared_license,
     digest_directory,
     directory_shapes,
+    license_of,
     model_files,
     smollm2_file,
 )
@@ -68,7 +69,7 @@ def import_smollm2(identity: dict[str, Any], dtype: torch.dtype, ctx: TaskContex
         ctx.progress(i + 1, len(gguf.names), "tensors")
     write_llama(ctx.out, LlamaConfig(**gguf.config()), weights, dtype)
     gguf.tokenizer().save_pretrained(ctx.out)
-    return {"name": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": gguf.metadata["general.license"]}
+    return {"name": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": license_of({"source": "smollm2"})}
 
 
 def import_tiny(identity: dict[str, Any], dtype: torch.dtype, ctx: TaskContext) -> dict[str, Any]:
@@ -77,8 +78,7 @@ def import_tiny(identity: dict[str, Any], dtype: torch.dtype, ctx: TaskContext) 
     stored = {name: weight.to(dtype) for name, weight in model.state_dict().items() if name != "lm_head.weight"}
     write_llama(ctx.out, model.config, stored, dtype)
     tiny_tokenizer().save_pretrained(ctx.out)
-    # Made from the text of Python's documentation, whose licence it therefore names.
-    return {"name": "pare-tiny", "license": "psf-2.0", **({} if loss is None else {"train/loss": loss})}
+    return {"name": "pare-tiny", "license": license_of({"source": "tiny"}), **({} if loss is None else {"train/loss": loss})}
 
 
 def write_llama(directory: Path, config: PretrainedConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
@@ -125,12 +125,3 @@ def import_hf(identity: dict[str, Any], where: dict[str, Any], dtype: torch.dtyp
         GenerationConfig.from_model_config(model.config).save_pretrained(ctx.out)
     ctx.progress(2, 2, "steps")
     return {"name": where.get("name") or source.name, "license": declared_license(source)}
-
-
-def declared_license(directory: Path) -> str:
-    """The licence that a model card's header names, e.g. `apache-2.0`; `unknown` where there is none."""
-    card = directory / "README.md"
-    parts = card.read_text(errors="replace").split("---", 2) if card.exists() else []
-    header = parts[1] if len(parts) == 3 and not parts[0].strip() else ""
-    found = re.search(r"^license:\s*['\"]?([\w.+-]+)", header, re.MULTILINE)
-    return found.group(1) if found else "unknown"

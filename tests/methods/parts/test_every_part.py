@@ -75,7 +75,7 @@ def every_part(test: Callable[[Part], None]) -> Callable[..., None]:
     def run(kind: str) -> None:
         assert kind in EXAMPLES, f"part {kind!r} ({PARTS[kind].__module__}) has no strategy: add one to EXAMPLES"
 
-        @settings(max_examples=40, deadline=None)
+        @settings(max_examples=100, deadline=None)
         @given(EXAMPLES[kind])
         def over_examples(part: Part) -> None:
             assert part.kind == kind
@@ -86,8 +86,15 @@ def every_part(test: Callable[[Part], None]) -> Callable[..., None]:
     return run
 
 
-def same(a: Part, b: Part) -> bool:
-    return a.shape == b.shape and a.spec() == b.spec() and torch.equal(a.materialise(), b.materialise())
+def check_same(a: Part, b: Part) -> None:
+    """Equal to the last bit in all that is stored. A matrix product of it may round by where its factors lie in memory."""
+    assert a.shape == b.shape
+    assert a.spec() == b.spec()
+    assert a.tensors().keys() == b.tensors().keys()
+    for name, t in a.tensors().items():
+        assert t.dtype == b.tensors()[name].dtype
+        assert torch.equal(t, b.tensors()[name])
+    torch.testing.assert_close(a.materialise(), b.materialise(), rtol=1e-6, atol=1e-6)
 
 
 @every_part
@@ -109,8 +116,7 @@ def test_a_file_brings_it_back_bit_for_bit_and_holds_exactly_its_bytes(part: Par
             header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
             assert set(opened.keys()) == set(part.tensors())
         assert file.stat().st_size - header == part.nbytes
-    assert same(part, again)
-    assert all(torch.equal(t, again.tensors()[name]) for name, t in part.tensors().items())
+    check_same(part, again)
 
 
 @every_part
@@ -121,7 +127,7 @@ def test_logical_bits_are_the_bytes_less_some_padding(part: Part) -> None:
 
 @every_part
 def test_moving_it_to_a_device_keeps_it(part: Part) -> None:
-    assert same(part, part.to("cpu"))
+    check_same(part, part.to("cpu"))
 
 
 @every_part

@@ -20,6 +20,14 @@ def test_words_come_back_as_they_were_and_waste_less_than_one_word_a_row(bits: i
     assert 0 <= words.shape[1] * 32 - n * bits < 32
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_words_that_were_packed_down_the_columns_come_back(bits: int) -> None:
+    for rows in (1, 3, 40):
+        codes = some_codes(bits, 5, rows)
+        down = pack_words(codes, bits).T.contiguous()
+        assert torch.equal(unpack_words(down.T, bits, rows), codes)
+
+
 @given(st.sampled_from((1, 2, 4, 8)), st.integers(1, 100))
 def test_bytes_come_back_as_they_were_and_waste_less_than_one_byte(bits: int, n: int) -> None:
     codes = some_codes(bits, n)
