@@ -310,4 +310,6 @@ def say(line: str) -> None:
 
 
 def command_line() -> str:
-    return shlex.join(["pare", *sys.argv[1:]])
+    from pare.orchestrator.drive import program
+
+    return shlex.join([program(), *sys.argv[1:]])

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from pare.tracking import report as render
 from pare.workers.store import Store
 
 SYNC_EVERY_S = 10.0
+COLUMN = 56
+"""Where the explanations of what to type next begin."""
 
 
 def run(
@@ -255,6 +258,11 @@ def trial_row(trial: Trial, plan: Plan) -> dict[str, Any]:
     }
 
 
+def program() -> str:
+    """What to type to call this program here: `pare` where the shell finds it, else the path that was typed."""
+    return "pare" if shutil.which("pare") or not sys.argv[0].endswith("pare") else sys.argv[0]
+
+
 def show(record: dict[str, Any], directory: Path, as_json: bool, command: str) -> None:
     """The table, where the rest lies, and what to type next."""
     if as_json:
@@ -268,9 +276,9 @@ def show(record: dict[str, Any], directory: Path, as_json: bool, command: str) -
     lines = [
         f"report and plots: {directory}/report.html, {directory}/plots/",
         "next:",
-        "  pare ui                                   look at the sweep in MLflow",
-        "  pare report --format md                   the table as Markdown",
+        f"  {program()} ui".ljust(COLUMN) + "look at the sweep in MLflow",
+        f"  {program()} report --format md".ljust(COLUMN) + "the table as Markdown",
     ]
     if best:
-        lines.append(f"  pare export {best} --to my-model".ljust(44) + "take a model from the front away")
+        lines.append(f"  {program()} export {best} --to my-model".ljust(COLUMN) + " take a model from the front away")
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)

@@ -231,7 +231,7 @@ def sweep_run(record: Record, report_dir: Path | None) -> dict[str, Any]:
         metrics["cost/wall_s"] = [[0, about["wall_s"]]]
     sources = sorted(p for p in report_dir.rglob("*") if p.is_file()) if report_dir else []
     return {
-        "name": record["name"],
+        "name": record["sweep"],
         "start": start,
         "end": end,
         "status": STATUS[about["status"]],

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pare.tracking import plots, reading, units
+from pare.tracking import drawing, plots, reading, units
 from pare.tracking.record import (
     NO_DEPLOYMENT_FIGURE,
     Record,
@@ -383,7 +383,7 @@ def esc(value: Any) -> str:
 
 def themed(svg: str) -> str:
     """The picture with the reader's colours of text and ground."""
-    for colour, name in ((plots.INK, "ink"), (plots.MUTED, "muted"), (plots.GRID, "grid"), (plots.PAPER, "paper")):
+    for colour, name in ((drawing.INK, "ink"), (drawing.MUTED, "muted"), (drawing.GRID, "grid"), (drawing.PAPER, "paper")):
         svg = svg.replace(colour, f"var(--{name})")
     return svg
 

@@ -70,11 +70,13 @@ def percent(fraction: float | None, signed: bool = False) -> str:
     """
     >>> percent(0.4123), percent(0.123, signed=True), percent(-0.0049, signed=True), percent(18.3, signed=True)
     ('41.2 %', '+12.3 %', '−0.5 %', '+1,830 %')
-    >>> percent(-0.0001, signed=True)
-    '±0.0 %'
+    >>> percent(-0.0001, signed=True), percent(312_386.8, signed=True)
+    ('±0.0 %', '×312,388')
     """
     if fraction is None or not math.isfinite(fraction):
         return number(fraction)
+    if signed and fraction >= 99:
+        return f"×{number(1 + fraction)}"
     value = 100 * fraction
     if signed and abs(value) < 0.05:
         return "±0.0 %"

@@ -77,7 +77,7 @@ def test_a_sweep_is_a_parent_run_and_a_child_run_for_each_trial(home: Path) -> N
 
     parent, child = run_of(home, None), run_of(home, gptq)
     assert len(runs(home)) == 4
-    assert parent.info.run_name == "demo"
+    assert parent.info.run_name == record["sweep"]
     assert parent.data.metrics["trials/done"] == 3
     assert "mlflow.parentRunId" not in parent.data.tags
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
@@ -147,7 +147,11 @@ def test_a_sweep_that_runs_is_logged_trial_by_trial_and_then_completed(home: Pat
     states = {r.info.run_name: r.info.status for r in runs(home)}
     sink.sync(record)
 
-    assert states == {"demo": "RUNNING", record["trials"][0]["trial"]: "FINISHED", record["trials"][1]["trial"]: "RUNNING"}
+    assert states == {
+        record["sweep"]: "RUNNING",
+        record["trials"][0]["trial"]: "FINISHED",
+        record["trials"][1]["trial"]: "RUNNING",
+    }
     assert {r.info.status for r in runs(home)} == {"FINISHED"}
     assert len(runs(home)) == 4
     assert len({row[:3] for row in metric_rows(home)}) == len(metric_rows(home))

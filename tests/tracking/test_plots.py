@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from pare.tracking import plots
+from pare.tracking import drawing, plots
 from pare.tracking.pareto import mark_front
 from pare.tracking.record import labels
 from tests.tracking import records
@@ -43,7 +43,7 @@ def test_pictures_are_png_of_twice_the_resolution_and_svg_elements() -> None:
 
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     width = int.from_bytes(png[16:20], "big")
-    assert width == round(figure.get_figwidth() * 2 * plots.DPI)
+    assert width == round(figure.get_figwidth() * 2 * drawing.DPI)
     assert svg.startswith("<svg")
     assert svg.rstrip().endswith("</svg>")
 

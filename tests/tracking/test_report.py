@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pare.tracking import plots, reading, report
+from pare.tracking import drawing, plots, reading, report
 from pare.tracking.pareto import mark_front
 from tests.tracking import records
 
@@ -234,7 +234,7 @@ def test_the_page_needs_nothing_beside_it_and_follows_the_theme(demo: dict[str, 
     assert loads == []
     assert Page(page).tags.count("svg") == 6
     assert "prefers-color-scheme: dark" in page
-    assert not any(colour in page.split("</style>")[1] for colour in (plots.INK, plots.MUTED, plots.GRID, plots.PAPER))
+    assert not any(colour in page.split("</style>")[1] for colour in (drawing.INK, drawing.MUTED, drawing.GRID, drawing.PAPER))
 
 
 def test_pictures_that_a_record_no_longer_has_are_taken_away(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_a_browser_shows_the_sweep_its_trials_their_metrics_and_a_plot(home: Pat
         page.screenshot(path=shots / "5-report.png")
 
         page.goto(link.split("/runs/")[0] + "/runs?workflowType=machine_learning")
-        page.get_by_role("link", name="demo", exact=True).first.wait_for()
+        page.get_by_role("link", name=RECORD["sweep"], exact=True).first.wait_for()
         time.sleep(1)
         page.screenshot(path=shots / "6-runs.png")
         browser.close()

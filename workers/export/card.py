@@ -23,10 +23,13 @@ METRICS_LATER = "They are measured on this export after it is written: see the r
 
 
 def with_metrics(text: str, metrics: Mapping[str, float]) -> str:
-    """A model card with the figures that were measured on its export, intervals in brackets."""
+    """A model card with the figures that were measured on its export, intervals in brackets.
+
+    Speed and memory stay out: they belong to a machine and a runtime, not to the model.
+    """
     rows = []
     for name, value in sorted(metrics.items()):
-        if name.startswith(("quality/", "size/", "speed/", "memory/")) and not name.endswith(("_low", "_high", "_iqr")):
+        if name.startswith(("quality/", "size/")) and not name.endswith(("_low", "_high")):
             low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
             interval = f" ({low:.4g} to {high:.4g})" if low is not None and high is not None else ""
             rows.append(f"| `{name}` | {value:,.6g}{interval} |")
