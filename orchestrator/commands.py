@@ -174,6 +174,7 @@ def report(arguments: argparse.Namespace, home: Path) -> int:
 def methods(arguments: argparse.Namespace, home: Path) -> int:
     """Lists the methods."""
     from pare.methods.contract import family, field_docs, load_all
+    from pare.orchestrator.plan import default_of
 
     found: list[dict[str, Any]] = [
         {
@@ -207,10 +208,6 @@ def methods(arguments: argparse.Namespace, home: Path) -> int:
         )
     Console().print(table)
     return 0
-
-
-def default_of(field: Any) -> Any:
-    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
 
 
 def export(arguments: argparse.Namespace, home: Path) -> int:

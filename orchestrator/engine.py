@@ -114,11 +114,11 @@ class Engine:
                 "spec": task.spec,
                 "where": task.where,
                 "inputs": task.inputs,
-                "store": str(self.store.root),
+                "store": str(self.store.root.absolute()),
                 "device": self.device if task.type in DEPENDS_ON_DEVICE else "cpu",
                 "threads": task.spec["threads"] if alone else 1,
-                "log": str(self.log(task)),
-                "live": str(self.home / "live" / task.fingerprint),
+                "log": str(self.log(task).absolute()),
+                "live": str((self.home / "live" / task.fingerprint).absolute()),
             }
             for task in tasks
         ]

@@ -14,6 +14,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from pare.methods.anatomy.describe import UnknownModel, family_of
 from pare.methods.contract import METHODS, LayerMethod, Method, SettingsError
 from pare.orchestrator import hardware
 from pare.orchestrator.config import Experiment, Stage, Trial
@@ -196,6 +197,10 @@ class Builder:
         label = f"{stage.method} {trial.name}"
         self.check_shapes(stage, model)
         if isinstance(stage.settings, LayerMethod):
+            try:
+                family_of(self.plan.models[model]["architecture"])
+            except UnknownModel as e:
+                raise ConfigError(f"block {self._trial!r}: {stage.method} works on input groups, and {e}") from e
             if cls.needs:
                 calibration = tokens("calibration", dataclasses.asdict(trial.data.calibration))
                 spec["dtype"] = trial.dtype
@@ -229,19 +234,30 @@ def settings_of(settings: Method) -> dict[str, Any]:
 
 
 def card(trial: Trial, licence: str) -> dict[str, Any]:
-    """What the model card of an export says of how it was made."""
+    """What the model card of an export says of how it was made. It enters the fingerprint of the export, so it is drawn from
+    the settings themselves and not from how they were typed."""
     settings = {stage.name: {"method": stage.method, **settings_of(stage.settings)} for stage in trial.stages}
-    choices = [f"{key}={value}" for key, value in trial.overrides.items()]
-    command = " ".join(
-        ["pare run", f"model={trial.model.source}", f"data={trial.data.source}", f"recipe={trial.recipe}", *choices]
-    )
+    choices = [
+        f"recipe.{stage.name}.{f.name}={getattr(stage.settings, f.name)}"
+        for stage in trial.stages
+        for f in dataclasses.fields(stage.settings)  # type: ignore[arg-type]
+        if getattr(stage.settings, f.name) != default_of(f)
+    ]
+    drawn = trial.seed if any(stage.settings.draws_random_numbers for stage in trial.stages) else None
+    needed = any(stage.settings.needs for stage in trial.stages)
+    start = ["pare run", f"model={trial.model.source}", f"data={trial.data.source}", f"recipe={trial.recipe}"]
     return {
         "recipe": trial.recipe,
         "settings": settings,
         "base": trial.model.name or "local model",
         "licence": licence,
         "data": trial.data.name or "local data",
-        "calibration": dataclasses.asdict(trial.data.calibration),
-        "seed": trial.seed,
-        "command": command,
+        "calibration": dataclasses.asdict(trial.data.calibration) if needed else {},
+        "seed": drawn,
+        "command": " ".join([*start, *choices, *([f"seed={drawn}"] if drawn else [])]),
     }
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a settings field."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()

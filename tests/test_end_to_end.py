@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -145,8 +146,10 @@ def test_a_killed_driver_leaves_its_work_to_the_same_command(tmp_path: Path) -> 
         assert driver.poll() is None, (tmp_path / "first.log").read_text()
         assert time.monotonic() < deadline, (tmp_path / "first.log").read_text()
         time.sleep(0.1)
+    assert len(processes_of(tmp_path)) > 3, "the driver, Ray and its workers"
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
+    wait_until_gone(tmp_path)
     n_before = finished(tmp_path)
 
     pare(tmp_path, *command)
@@ -158,22 +161,31 @@ def test_a_killed_driver_leaves_its_work_to_the_same_command(tmp_path: Path) -> 
     assert n_before >= 8
     assert {done for _, done, _ in rows} <= {0, 1}, "a finished task ran twice"
     assert {t["status"] for t in report(tmp_path)["trials"]} == {"done"}
-    wait_until_gone(str(tmp_path))
+    wait_until_gone(tmp_path)
 
 
 def finished(home: Path) -> int:
     return len(list((home / "store" / "objects").glob("*/*/manifest.json")))
 
 
-def wait_until_gone(word: str) -> None:
-    """No process that was started for this home is left, half a minute after its driver has ended."""
-    for _ in range(60):
-        listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-        left = [line for line in listed.splitlines() if word in line and "pytest" not in line]
-        if not left:
-            return
+def processes_of(home: Path) -> list[str]:
+    """Every process that was started for this home, Ray's included: they inherit PARE_HOME from the driver."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("PARE_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(f"{process.pid} {process.name()}")
+        except psutil.Error:  # it ended while we looked
+            continue
+    return found
+
+
+def wait_until_gone(home: Path) -> None:
+    """Nothing that was started for this home is left, a minute after its driver has ended."""
+    deadline = time.monotonic() + 60
+    while left := processes_of(home):
+        assert time.monotonic() < deadline, f"still running: {left}"
         time.sleep(0.5)
-    raise AssertionError(f"still running: {left}")
 
 
 def test_an_interrupted_driver_says_how_to_go_on(tmp_path: Path) -> None:
@@ -189,6 +201,7 @@ def test_an_interrupted_driver_says_how_to_go_on(tmp_path: Path) -> None:
     assert "Go on with:" in error
     assert "recipe=rtn" in error
     assert json.loads(pare(tmp_path, "status", "--json").stdout)["status"] == "interrupted"
+    wait_until_gone(tmp_path)
 
 
 def test_on_a_real_model_gptq_is_better_than_rtn_at_three_bits(tmp_path: Path) -> None:

@@ -102,16 +102,24 @@ class UnknownModel(ValueError):
     """No family is written for this class of model."""
 
 
+def family_of(architecture: str) -> Callable[[Any], Anatomy]:
+    """What describes models of that transformers class.
+
+    Raises:
+        UnknownModel: no family is written for it; says what to write.
+    """
+    if architecture not in FAMILIES:
+        raise UnknownModel(
+            f"the anatomy of {architecture} is not known (known: {', '.join(FAMILIES)}). Write a function that names its "
+            "blocks, input groups, embedding, norm and head, as `llama` in methods/anatomy/describe.py does, and add it there "
+            f"to FAMILIES as {architecture!r}."
+        )
+    return FAMILIES[architecture]
+
+
 def describe(model: nn.Module) -> Anatomy:
     """The anatomy of a Hugging Face decoder."""
-    name = type(model).__name__
-    if name not in FAMILIES:
-        raise UnknownModel(
-            f"the anatomy of {name} is not known (known: {', '.join(FAMILIES)}). Write a function that names its blocks, input "
-            "groups, embedding, norm and head, as `llama` in methods/anatomy/describe.py does, and add it there to FAMILIES "
-            f"as {name!r}."
-        )
-    return FAMILIES[name](model)
+    return family_of(type(model).__name__)(model)
 
 
 def widths(model: nn.Module, blocks: tuple[Block, ...]) -> dict[str, tuple[int, int]]:

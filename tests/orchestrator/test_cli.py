@@ -84,6 +84,20 @@ def test_an_empty_text_file_is_refused_by_its_name(here: Path, capsys: pytest.Ca
     assert [p.name for p in here.iterdir()] == ["empty.txt"]
 
 
+def test_a_model_of_an_unknown_family_is_refused_while_planning(
+    here: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    import shutil
+
+    shutil.copytree(tiny_model_dir, here / "model")
+    config = json.loads((here / "model" / "config.json").read_text())
+    (here / "model" / "config.json").write_text(json.dumps({**config, "architectures": ["StrangeForCausalLM"]}))
+
+    assert cli.main(["plan", "recipe=rtn", "model=hf", f"model.path={here / 'model'}"]) == 2
+
+    assert "the anatomy of StrangeForCausalLM is not known" in capsys.readouterr().err
+
+
 def test_a_disk_that_is_really_full_is_refused_before_anything_is_written(
     here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

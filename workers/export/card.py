@@ -56,7 +56,7 @@ def model_card(card: Mapping[str, Any], facts: Mapping[str, Any], how_to_open: s
         f"| opens with | {facts['opens_with']} |",
         f"| weights | {facts['size/bytes']:,} bytes, {facts['size/bits_per_weight']:.3f} bits per weight of the whole model |",
         f"| data | {card.get('data', 'none')}: {describe(card.get('calibration', {}))} |",
-        f"| seed | {card.get('seed', 'none')} |",
+        f"| seed | {'none drawn' if card.get('seed') is None else card['seed']} |",
         "",
         "## Settings",
         "",

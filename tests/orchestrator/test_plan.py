@@ -1,0 +1,69 @@
+"""The plan: what trials share, and what they do not."""
+
+from pare.orchestrator import config
+from pare.orchestrator.plan import Plan, build_plan
+from pare.workers.store import Store
+
+TINY = ["model=tiny", "evaluation.questions.n=4"]
+
+
+def plan_of(*overrides: str) -> Plan:
+    return build_plan(config.load([*TINY, *overrides]), "cpu", 2)
+
+
+def count(plan: Plan, kind: str) -> int:
+    return sum(task.type == kind for task in plan.tasks.values())
+
+
+def test_bit_widths_share_import_corpus_calibration_and_the_score_of_the_base() -> None:
+    plan = plan_of("recipe=gptq", "recipe.quantize.bits=2,3,4")
+
+    assert [count(plan, kind) for kind in ("import_model", "corpus", "calibrate", "questions")] == [1, 1, 1, 1]
+    assert [count(plan, kind) for kind in ("compress", "export", "evaluate", "speed")] == [3, 3, 3, 3]
+    assert count(plan, "score") == 4, "three trials and the base"
+    assert plan.total_if_separate > len(plan.tasks)
+
+
+def test_statistics_over_compressed_inputs_belong_to_one_task() -> None:
+    plan = plan_of("recipe=gptq", "recipe.quantize.bits=3,4", "recipe.quantize.inputs=compressed")
+
+    assert count(plan, "calibrate") == 0
+    assert all("tokens" in task.inputs for task in plan.tasks.values() if task.type == "compress")
+
+
+def test_the_same_trial_typed_in_another_way_is_the_same_work() -> None:
+    short = plan_of("recipe=gptq", "recipe.quantize.bits=3")
+    long = plan_of("recipe=gptq", "recipe.quantize.group_size=64", "recipe.quantize.bits=3", "name=other")
+
+    assert set(short.tasks) == set(long.tasks)
+
+
+def test_a_seed_counts_only_where_random_numbers_are_drawn() -> None:
+    gptq = [
+        {t.fingerprint for t in plan_of("recipe=gptq", f"seed={seed}").tasks.values() if t.type == "compress"}
+        for seed in (0, 1)
+    ]
+    lora = [
+        {t.fingerprint for t in plan_of("recipe=lora", f"seed={seed}").tasks.values() if t.type == "train"} for seed in (0, 1)
+    ]
+
+    assert gptq[0] == gptq[1]
+    assert set(plan_of("recipe=gptq", "seed=1").tasks) == set(plan_of("recipe=gptq").tasks)
+    assert lora[0].isdisjoint(lora[1])
+
+
+def test_producers_stand_before_what_needs_them(tmp_path) -> None:
+    plan = build_plan(config.load(["experiment=smoke"]), "cpu", 2)
+    seen: set[str] = set()
+
+    for task in plan.missing(Store(tmp_path)):
+        assert set(task.inputs.values()) <= seen
+        seen.add(task.fingerprint)
+
+
+def test_a_change_of_the_evaluation_leaves_the_compression_alone() -> None:
+    one, two = plan_of("recipe=gptq"), plan_of("recipe=gptq", "evaluation.windows.sequences=2")
+
+    assert one.goals["gptq"].artifact == two.goals["gptq"].artifact
+    assert one.goals["gptq"].export == two.goals["gptq"].export
+    assert one.goals["gptq"].evaluate != two.goals["gptq"].evaluate
