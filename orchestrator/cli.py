@@ -2,7 +2,7 @@
 needs them, so that `pare --help` is instant.
 
 Exit codes: 0 complete · 1 internal error · 2 usage or config · 3 finished, but trials failed · 4 infeasible here ·
-5 cluster lost, resumable · 6 done, but tracking is behind · 7 another driver is at work · 8 ledger or store damaged ·
+6 done, but tracking is behind · 7 another driver is at work · 8 ledger or store damaged ·
 10 `plan --check`: there is work to do · 130/143 interrupted, state saved
 """
 
