@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console, Group
@@ -20,8 +21,9 @@ MARK = {"done": ("✓", "green"), "failed": ("✗", "red")}
 class Board:
     """A listener of the engine (see `engine.Listener`)."""
 
-    def __init__(self, plan: Plan, n_missing: int, console: Console) -> None:
+    def __init__(self, plan: Plan, n_missing: int, console: Console, trial_has_ended: Callable[[], None] | None = None) -> None:
         self.plan, self.total, self.console = plan, n_missing, console
+        self.trial_has_ended = trial_has_ended
         self.finished = 0
         self.since = time.monotonic()
         self.running: dict[str, tuple[Task, float, dict[str, Any] | None]] = {}
@@ -71,6 +73,8 @@ class Board:
         ppl = self.metrics.get(trial, {}).get("quality/ppl")
         what = f"ppl {ppl:.2f}" if ppl is not None else (failure or {}).get("failure", "from the store")
         self.say(f"[{colour}]{mark}[/{colour}] trial [bold]{trial}[/bold]  {what}")
+        if self.trial_has_ended:
+            self.trial_has_ended()
 
     def say(self, line: str) -> None:
         clock = time.strftime("%M:%S", time.gmtime(time.monotonic() - self.since))

@@ -62,22 +62,14 @@ def run(
             highlight=False,
             soft_wrap=True,
         )
-        tracker = Tracker(experiment, home, ledger.path.parent, sweep, store)
+        tracker = Tracker(experiment, home, sweep, store)
         state = "interrupted"
         try:
             with engine_pool(pool, missing, experiment, device, home, plan) as place:
                 engine = Engine(
                     plan, store, ledger, run_id, sweep, place, home, device, experiment.cluster.keep_going and not fail_fast
                 )
-                with Board(plan, len(missing), console) as board:
-                    board_trial_ended = board.trial_ended
-
-                    def trial_ended(trial: str, status: str, failure: dict[str, Any] | None) -> None:
-                        board_trial_ended(trial, status, failure)
-                        if missing:
-                            tracker.touch()
-
-                    board.trial_ended = trial_ended  # type: ignore[method-assign]
+                with Board(plan, len(missing), console, tracker.touch if missing else None) as board:
                     engine.execute(board)
             failed = [t for t in ledger.trials(sweep) if t["status"] != "done" and json.loads(t["goals"])]
             state = "failed" if failed or engine.failed else "done"
@@ -96,7 +88,7 @@ def run(
         else:
             (directory / "report.json").write_text(json.dumps(record, indent=1))
         behind = tracker.finish(record, directory, ledger, fresh)
-        show(record, directory, as_json, command)
+        show(record, directory, as_json)
         if state == "failed":
             return 3
         return 6 if behind else 0
@@ -148,13 +140,14 @@ class NoPool:
 class Tracker:
     """Projects the record to MLflow from a thread of its own: a slow or dead server never slows a trial."""
 
-    def __init__(self, experiment: Experiment, home: Path, ledger_home: Path, sweep: str, store: Store) -> None:
+    def __init__(self, experiment: Experiment, home: Path, sweep: str, store: Store) -> None:
         self.enabled = experiment.tracking.enabled
-        self.home, self.ledger_home, self.sweep, self.store = home, ledger_home, sweep, store
+        self.home, self.sweep, self.store = home, sweep, store
         self.place = tracking_place(home, experiment.tracking.uri, experiment.tracking.experiment)
         self.error: str | None = None
         self._dirty, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._loop, daemon=True)
+        self._started = False
         self._sink: Any = None
 
     def touch(self) -> None:
@@ -162,7 +155,8 @@ class Tracker:
         if not self.enabled:
             return
         self._dirty.set()
-        if not self._thread.is_alive() and not self._stop.is_set():
+        if not self._started:
+            self._started = True
             self._thread.start()
 
     def stop(self) -> None:
@@ -190,7 +184,7 @@ class Tracker:
         return False
 
     def _loop(self) -> None:
-        reader = Ledger(self.ledger_home)  # SQLite connections belong to one thread
+        reader = Ledger(self.home)  # SQLite connections belong to one thread
         try:
             while not self._stop.wait(0 if self._dirty.is_set() else SYNC_EVERY_S):
                 if self._dirty.is_set():
@@ -263,7 +257,7 @@ def program() -> str:
     return "pare" if shutil.which("pare") or not sys.argv[0].endswith("pare") else sys.argv[0]
 
 
-def show(record: dict[str, Any], directory: Path, as_json: bool, command: str) -> None:
+def show(record: dict[str, Any], directory: Path, as_json: bool) -> None:
     """The table, where the rest lies, and what to type next."""
     if as_json:
         print(json.dumps(record, indent=1))
