@@ -111,12 +111,10 @@ def engine_pool(
             yield NoPool()
             return
         pool = RayPool(preflight.slots_for(experiment, device, missing, plan), device, home)
-    kill = True
     try:
         yield pool
-        kill = False
     finally:
-        pool.close(kill=kill)
+        pool.close()
 
 
 class NoPool:
@@ -133,7 +131,7 @@ class NoPool:
     def wait(self, timeout_s: float) -> list[tuple[int, list[dict[str, Any]]]]:
         return []
 
-    def close(self, kill: bool = False) -> None:
+    def close(self) -> None:
         pass
 
 

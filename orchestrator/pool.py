@@ -29,7 +29,7 @@ class Pool(Protocol):
 
     def wait(self, timeout_s: float) -> list[tuple[int, list[Reply]]]: ...
 
-    def close(self, kill: bool = False) -> None: ...
+    def close(self) -> None: ...
 
 
 class InlinePool:
@@ -54,7 +54,7 @@ class InlinePool:
         self._queue.clear()
         return done
 
-    def close(self, kill: bool = False) -> None:
+    def close(self) -> None:
         self._queue.clear()
 
 
@@ -114,8 +114,8 @@ class RayPool:
             done.append((job, replies))
         return done
 
-    def close(self, kill: bool = False) -> None:
-        """Ends Ray and with it every worker. `kill`: do not wait for running tasks."""
+    def close(self) -> None:
+        """Ends Ray and with it every worker, whatever it is at."""
         for actor in [*self._idle, *(actor for _, actor in self._running.values())]:
             self._ray.kill(actor, no_restart=True)
         self._running.clear()
