@@ -26,10 +26,10 @@ import inspect
 import itertools
 import pkgutil
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -188,11 +188,217 @@ class TrainMethod(Method):
     def after_step(self, step: int) -> None:
         """Called after the optimizer."""
 
+    def state(self) -> dict[str, Any]:
+        """What the method carries from one step to the next besides the parameters that are trained: lists and dicts of
+        tensors and plain JSON values. Saved with a checkpoint, after `after_step`."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Puts a saved `state` in force. Called after `prepare`, before the first step that is taken after it."""
+
     def finish(self, model: nn.Module, directory: Path) -> dict[str, Formula]:
         """What training made: parameter name of the *base* -> its new formula (see `Formula.op`).
 
         A method whose result has a file form of its own (a PEFT adapter, say) writes it to `directory`/adapter.
         """
+        raise NotImplementedError
+
+
+@dataclass
+class Member:
+    """One of the models that are merged, read a weight at a time and never held whole."""
+
+    name: str
+    """Name of the trial that made it."""
+
+    score: float
+    """Its selection score: mean next-token loss in nats on the selection windows; lower is better. Finite."""
+
+    names: Sequence[str]
+    """Parameters in which it may differ from the base that all members share."""
+
+    formula: Callable[[str], Formula | None]
+    """Parameter name -> its formula relative to that base, read anew at each call; None where the base's value stands."""
+
+
+@dataclass
+class Merged:
+    """What a merge made of its members."""
+
+    weights: dict[str, float]
+    """Member -> its share in the result, for the members that went in, in the order in which they did."""
+
+    formulas: Iterable[tuple[str, Formula]]
+    """Parameter name and formula relative to the base, one after another: worked out as they are asked for, once."""
+
+    score: float
+    """Selection score of the result."""
+
+    decisions: list[dict[str, Any]] = field(default_factory=list)
+    """What was tried in which order and why it was kept or not, as plain JSON."""
+
+
+class MergeMethod(Method):
+    """(members, base, evaluator) -> one model. Everything passes one weight at a time, so that no member is held whole."""
+
+    kind: ClassVar[str] = "merge"
+
+    def merge(
+        self,
+        members: Sequence[Member],
+        base: Callable[[str], Tensor],
+        evaluate: Callable[[Iterable[tuple[str, Formula]]], float],
+        context: Context,
+    ) -> Merged:
+        """members: at least one, all finite and on one base; whatever order they come in, the answer is the same.
+
+        base: parameter name -> the base's dense weight (out, in), float32.
+        evaluate: a candidate, as names and formulas relative to the base -> its selection score; infinite where it gives a
+            token no finite likelihood. It is the costly part, a pass over all selection windows. A merge that is resumed is
+            asked the same questions in the same order and gets the answers that are known already at no cost.
+        """
+        raise NotImplementedError
+
+
+Level = int | float
+"""A value of the setting that tells levels apart, e.g. the bits of a code."""
+
+Allocation = dict[str, Level]
+"""Parameter name of a linear -> its level."""
+
+
+@dataclass
+class LevelTable:
+    """What each linear may become, what that costs, and what harm it does."""
+
+    linears: list[str]
+    """Parameter names, in the order in which the model runs them."""
+
+    blocks: list[int]
+    """Of each linear: the index of its block."""
+
+    sizes: list[int]
+    """Of each linear: its number of weights."""
+
+    levels: list[Level]
+    """Values of the setting that is varied, the one that takes the fewest bytes first."""
+
+    cost: list[list[int]]
+    """[linear][level]: bytes as stored, scales and zero points included."""
+
+    error: list[list[float]]
+    """[linear][level]: harm, finite, in a unit in which the harm of one linear adds to that of another."""
+
+    def allocation(self, choice: Sequence[int]) -> Allocation:
+        """choice: of each linear the index of its level."""
+        return {name: self.levels[k] for name, k in zip(self.linears, choice, strict=True)}
+
+    def bytes(self, choice: Sequence[int]) -> int:
+        return sum(cost[k] for cost, k in zip(self.cost, choice, strict=True))
+
+
+@dataclass
+class Problem:
+    """What a search is to solve. Does not change while it runs."""
+
+    table: LevelTable
+    windows: int
+    """Windows of text on which candidates can be compared."""
+
+    length: int
+    """Tokens of a window."""
+
+    seed: int = 0
+    """Seed of every random draw of the method."""
+
+    spent: int = 0
+    """Tokens that were spent on the errors of the table."""
+
+
+@dataclass
+class Question:
+    """A candidate of which the search wants to know the KL divergence of the dense model from it, in nats per token."""
+
+    choice: list[int]
+    """Of each linear the index of its level."""
+
+    pieces: list[tuple[int, int]]
+    """What to take the mean over: (window, so many tokens from its start, at least 2)."""
+
+
+State = dict[str, Any]
+"""All that a search knows so far, as plain JSON. Its `trace` holds an entry for each generation that has ended."""
+
+
+@dataclass
+class AllocateMethod(Method):
+    """start -> (ask, tell)* -> answer: a level for every linear, within the bytes that the target allows.
+
+    The verbs are pure functions of the problem and the state, so that a search that was stopped anywhere goes on from its
+    state. An exact solver asks nothing.
+    """
+
+    kind: ClassVar[str] = "allocate"
+
+    target: float = 3.0
+    """Bytes to stay within, as a value of the setting that is varied: those of a model whose linears all stand at that level,
+    between two levels in proportion. Must lie within the range of the levels."""
+
+    scores: str = "measured"
+    """Where the errors of the table come from: "measured", the KL divergence with one linear at the lowest level, for each in
+    turn, and from level to level in proportion to the linear's own output error; or "local", that output error relative to
+    the output, which takes no forward pass and makes no difference between linears that matter and those that do not."""
+
+    score_tokens: int = 64
+    """Tokens on which each linear is measured, >= 2. All linears being measured counts for more than precision."""
+
+    def __post_init__(self) -> None:
+        check(self, "scores", one_of=("measured", "local"))
+        check(self, "score_tokens", at_least=2)
+
+    @property
+    def reads_errors(self) -> bool:
+        """Whether the errors of the table are used, so that they are worth measuring."""
+        return True
+
+    @property
+    def generations_at_most(self) -> int:
+        """How many generations there may be, to show progress by."""
+        return 0
+
+    def check_levels(self, levels: Sequence[Level]) -> None:
+        """Raises `SettingsError` where no allocation of these levels meets the target. Called while planning, too."""
+        if not levels or not min(levels) <= self.target <= max(levels):
+            allowed = (
+                f"in [{min(levels)}, {max(levels)}], the range of the levels"
+                if levels
+                else "one of the levels, of which there are none"
+            )
+            raise SettingsError(self.name, "target", self.target, allowed)
+
+    def budget(self, table: LevelTable) -> int:
+        """The bytes that the target allows."""
+        self.check_levels(table.levels)
+        uniform = sorted((level, sum(cost[k] for cost in table.cost)) for k, level in enumerate(table.levels))
+        low, bytes_low = max(pair for pair in uniform if pair[0] <= self.target)
+        high, bytes_high = min(pair for pair in uniform if pair[0] >= self.target)
+        part = (self.target - low) / (high - low) if high > low else 0.0
+        return bytes_low + int((bytes_high - bytes_low) * part)
+
+    def start(self, problem: Problem) -> State:
+        """The state before the first question."""
+        raise NotImplementedError
+
+    def ask(self, problem: Problem, state: State, n: int) -> list[Question]:
+        """At most `n` questions that are open, the same ones until they are told; none when the search has ended."""
+        raise NotImplementedError
+
+    def tell(self, problem: Problem, state: State, kl: Sequence[float], tokens: int) -> State:
+        """The state after the answers to the first `len(kl)` open questions, which took so many tokens."""
+        raise NotImplementedError
+
+    def answer(self, problem: Problem, state: State) -> list[int]:
+        """The best choice so far: of each linear the index of its level."""
         raise NotImplementedError
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console, Group
@@ -21,9 +20,8 @@ MARK = {"done": ("✓", "green"), "failed": ("✗", "red")}
 class Board:
     """A listener of the engine (see `engine.Listener`)."""
 
-    def __init__(self, plan: Plan, n_missing: int, console: Console, trial_has_ended: Callable[[], None] | None = None) -> None:
+    def __init__(self, plan: Plan, n_missing: int, console: Console) -> None:
         self.plan, self.total, self.console = plan, n_missing, console
-        self.trial_has_ended = trial_has_ended
         self.finished = 0
         self.since = time.monotonic()
         self.running: dict[str, tuple[Task, float, dict[str, Any] | None]] = {}
@@ -53,6 +51,9 @@ class Board:
                 self.running[fingerprint] = (task, since, progress)
         self.draw()
 
+    def points(self, task: Task, points: list[tuple[int, dict[str, float]]]) -> None:
+        """Curves are for the tracker."""
+
     def ended(self, task: Task, reply: Reply, final: bool) -> None:
         _, since, _ = self.running.pop(task.fingerprint, (task, time.monotonic(), None))
         if reply["ok"]:
@@ -73,8 +74,6 @@ class Board:
         ppl = self.metrics.get(trial, {}).get("quality/ppl")
         what = f"ppl {ppl:.2f}" if ppl is not None else (failure or {}).get("failure", "from the store")
         self.say(f"[{colour}]{mark}[/{colour}] trial [bold]{trial}[/bold]  {what}")
-        if self.trial_has_ended:
-            self.trial_has_ended()
 
     def say(self, line: str) -> None:
         clock = time.strftime("%M:%S", time.gmtime(time.monotonic() - self.since))

@@ -2,7 +2,7 @@
 needs them, so that `pare --help` is instant.
 
 Exit codes: 0 complete · 1 internal error · 2 usage or config · 3 finished, but trials failed · 4 infeasible here ·
-6 done, but tracking is behind · 7 another driver is at work · 8 ledger or store damaged ·
+5 the cluster was lost, resumable · 6 done, but tracking is behind · 7 another driver is at work · 8 ledger or store damaged ·
 10 `plan --check`: there is work to do · 130/143 interrupted, state saved
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from pare import __version__
+from pare.orchestrator import submit
 
 EXAMPLES = """examples:
   pare run experiment=demo                                   the main job on a real model
@@ -71,6 +72,13 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--json", action="store_true", help="print the report as one JSON object at the end")
     run.add_argument("--dry-run", action="store_true", help="the same as `pare plan`")
     run.add_argument("--fail-fast", action="store_true", help="stop starting tasks after the first failure")
+    resume = verb("resume", "Go on with a sweep, from what the ledger keeps of it.", "pare resume demo cluster.slots=1")
+    resume.add_argument("sweep", nargs="?", help="id or name; default: the latest")
+    resume.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of cluster, tracking, store or budget")
+    resume.add_argument("--json", action="store_true", help="print the report as one JSON object at the end")
+    resume.add_argument("--fail-fast", action="store_true", help="stop starting tasks after the first failure")
+    sync = verb("sync", "Tell MLflow what it has not been told yet.", "pare sync", json=True)
+    sync.add_argument("sweep", nargs="?", help="id or name; default: all")
     status = verb("status", "Show how far a sweep is, from the ledger alone.", "pare status", json=True)
     status.add_argument("sweep", nargs="?", help="id or name; default: the latest")
     report = verb("report", "Print a sweep's table and front; writes nothing.", "pare report demo --format md", json=True)
@@ -84,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     ui = verb("ui", "Serve the MLflow UI on this machine's loopback address.", "pare ui --port 5000")
     ui.add_argument("--port", type=int, default=5000)
     verb("doctor", "Check this installation, with remedies.", "pare doctor", json=True)
+    submit.add_parsers(verbs)
     return top
 
 

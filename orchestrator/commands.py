@@ -38,7 +38,10 @@ def plan(arguments: argparse.Namespace, home: Path) -> int:
     except InfeasibleError as e:
         problem = e
     new = {task.fingerprint for task in missing}
-    states = {fp: "new" if fp in new else "cached" if store.has(fp) else "unneeded" for fp in graph.tasks}
+    states = {
+        fp: "late" if task.late else "new" if fp in new else "cached" if store.has(fp) else "unneeded"
+        for fp, task in graph.tasks.items()
+    }
     if arguments.json:
         show_json(plan_json(experiment, graph, device, states, problem))
     else:
@@ -82,7 +85,13 @@ def show_plan(experiment: Experiment, graph: Plan, states: dict[str, str]) -> No
     from rich.console import Console
     from rich.table import Table
 
-    styles = {"new": "[yellow]run[/yellow]", "cached": "[dim]cached[/dim]", "unneeded": "[dim]not needed[/dim]"}
+    # Late tasks stand for what a query will choose: at most these.
+    styles = {
+        "new": "[yellow]run[/yellow]",
+        "late": "[cyan]late[/cyan]",
+        "cached": "[dim]cached[/dim]",
+        "unneeded": "[dim]not needed[/dim]",
+    }
     count = Counter(states.values())
     table = Table(title=f"plan of {experiment.name}: {count['new']} to run, {count['cached']} cached")
     for column in ("", "task", "what", "used by"):
@@ -111,6 +120,43 @@ def run(arguments: argparse.Namespace, home: Path) -> int:
     say("reading the configuration")
     experiment, graph, device = prepare(arguments)
     return drive.run(experiment, graph, device, home, command_line(), fail_fast=arguments.fail_fast, as_json=arguments.json)
+
+
+def resume(arguments: argparse.Namespace, home: Path) -> int:
+    """Goes on with a sweep as the ledger keeps it, whatever has become of the files it was configured with."""
+    from contextlib import closing
+
+    from pare.orchestrator import config, drive, preflight
+    from pare.orchestrator.ledger import Ledger
+    from pare.orchestrator.plan import build_plan
+
+    named, overrides = arguments.sweep, list(arguments.overrides)
+    if named and "=" in named:  # `pare resume cluster.slots=1`
+        named, overrides = None, [named, *overrides]
+    with closing(Ledger(home)) as ledger:
+        sweep = ledger.find_sweep(named)
+        about = json.loads(sweep["about"])
+        if "common" not in about:
+            raise ConfigError(f"sweep {sweep['id']} was run by an older Pare. Go on with: {sweep['command']}")
+        experiment = config.restore([dict(row) for row in ledger.trials(sweep["id"])], about["common"], overrides)
+    refuse_unbuilt(experiment)
+    device = preflight.device_for(experiment)
+    graph = build_plan(experiment, device, preflight.cores_for(experiment, device))
+    return drive.run(experiment, graph, device, home, sweep["command"], fail_fast=arguments.fail_fast, as_json=arguments.json)
+
+
+def sync(arguments: argparse.Namespace, home: Path) -> int:
+    """Empties the outbox."""
+    from pare.orchestrator import outbox
+
+    sent, left, problems = outbox.sync(home, arguments.sweep)
+    if arguments.json:
+        show_json({"schema_version": SCHEMA_VERSION, "sent": sent, "left": left, "problems": problems})
+    else:
+        print(f"{sent} rows told to MLflow, {left} left")
+        for problem in problems:
+            say(problem)
+    return 6 if left or problems else 0
 
 
 def status(arguments: argparse.Namespace, home: Path) -> int:
@@ -249,7 +295,7 @@ def export(arguments: argparse.Namespace, home: Path) -> int:
 
 def ui(arguments: argparse.Namespace, home: Path) -> int:
     """Serves the MLflow UI."""
-    from pare.orchestrator.drive import tracking_place
+    from pare.orchestrator.outbox import tracking_place
     from pare.tracking import ui as server
 
     uri, artifacts, _ = tracking_place(home)
@@ -277,14 +323,45 @@ def doctor(arguments: argparse.Namespace, home: Path) -> int:
     return 0 if all(f["state"] != "fail" for f in findings) else 4
 
 
+def submit(arguments: argparse.Namespace, home: Path) -> int:
+    """Runs a command on a cluster."""
+    from pare.orchestrator import submit as cluster
+
+    return cluster.submit(arguments, home)
+
+
+def jobs(arguments: argparse.Namespace, home: Path) -> int:
+    """Lists, reads and stops submitted jobs."""
+    from pare.orchestrator import submit as cluster
+
+    return cluster.jobs(arguments, home)
+
+
 def prepare(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
     """(experiment, plan, device) of a command's overrides."""
     from pare.orchestrator import config, preflight
     from pare.orchestrator.plan import build_plan
 
     experiment = config.load(arguments.overrides, arguments.config_dir, arguments.config_name)
+    refuse_unbuilt(experiment)
     device = preflight.device_for(experiment)
     return experiment, build_plan(experiment, device, preflight.cores_for(experiment, device)), device
+
+
+def refuse_unbuilt(experiment: Experiment) -> None:
+    """Settings that the configuration knows and this version does not honour yet are refused, not passed over."""
+    cluster, store = experiment.cluster, experiment.store
+    for key, value, default in (
+        ("cluster.address", cluster.address, "local"),
+        ("cluster.gpus", cluster.gpus, None),
+        ("cluster.gpu_memory_gb", cluster.gpu_memory_gb, None),
+        ("cluster.labels", cluster.labels, {}),
+        ("store.url", store.url, None),
+        ("store.keep", store.keep, "all"),
+        ("store.limit_gb", store.limit_gb, None),
+    ):
+        if value != default:
+            raise ConfigError(f"{key}={value}: this version does not honour it yet. Try: {key}={json.dumps(default)}")
 
 
 def print_config(arguments: argparse.Namespace) -> int:

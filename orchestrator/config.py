@@ -1,79 +1,75 @@
 """From what a person typed to trials: compose with Hydra, expand the sweeps, build and check every settings object.
 
-Hydra composes once per block and combination of *groups*; swept *values* are then set on copies, which keeps ten
-thousand trials cheap. Sweeps are read by Hydra's own override grammar, wherever they stand (`sweep:` of a block or the
-command line). Nothing is scheduled before every trial has been built.
+Hydra composes once per block and combination of *groups*. What it made is turned into plain data once; swept *values* are
+checked once each, and set on copies of the parts that they belong to. Sweeps are read by Hydra's own override grammar,
+wherever they stand (`sweep:` of a block or the command line). Nothing is scheduled before every trial has been built.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import itertools
+import json
 import re
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Transformer, ValueType
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pare.methods.contract import METHODS, Method, SettingsError, load_all
+from pare.methods.contract import load_all
 from pare.orchestrator.errors import ConfigError, nearest
-from pare.orchestrator.schema import DTYPES, GROUPS, PLAIN, Cluster, Data, Evaluation, Model, SweepOptions, Tracking, need
+from pare.orchestrator.schema import GROUPS, PLAIN
+from pare.orchestrator.trials import (
+    SWEEP_PARTS,
+    TRIAL_PARTS,
+    Experiment,
+    MakePart,
+    Part,
+    Request,
+    Stage,
+    Trial,
+    assemble,
+    built_group,
+    check_members,
+    contained,
+    interned,
+    keys_of,
+    leaves,
+    made,
+    node_class,
+    one_line,
+    part_of,
+    put,
+    typed,
+)
 
+__all__ = ["Composer", "Experiment", "Request", "Stage", "Trial", "changed", "load", "restore", "session"]
 
-@dataclass
-class Stage:
-    """One method with settings at one place of a recipe."""
-
-    name: str
-    method: str
-    settings: Method
-
-
-@dataclass
-class Trial:
-    """A recipe with every value fixed."""
-
-    name: str
-    block: str
-    recipe: str
-    overrides: dict[str, Any]
-    config: dict[str, Any]
-    model: Model
-    data: Data
-    evaluation: Evaluation
-    seed: int
-    dtype: str
-    stages: list[Stage] = field(default_factory=list)
-    skipped: str | None = None
-    """Why the trial is not run (`sweep.invalid=skip`)."""
-
-
-@dataclass
-class Experiment:
-    """All trials, and what holds for the whole sweep."""
-
-    name: str
-    trials: list[Trial]
-    cluster: Cluster
-    tracking: Tracking
+# --- from the words of a command, by Hydra ----------------------------------------------------------------------------
 
 
 def load(overrides: list[str], config_dir: str | None = None, config_name: str = "config") -> Experiment:
     """Composes, expands and checks. Raises ConfigError for anything that a person has to put right."""
     with session(overrides, config_dir, config_name) as composer:
-        return composer.experiment()
+        experiment = composer.experiment()
+    experiment.request = Request(list(overrides), config_dir, config_name)
+    return experiment
 
 
 class session:
@@ -84,31 +80,36 @@ class session:
 
     def __enter__(self) -> Composer:
         register_methods()
+        if self.config_dir and not Path(self.config_dir).is_dir():
+            raise ConfigError(f"--config-dir {self.config_dir}: there is no such directory")
+        OwnConfigs.directory = Path(self.config_dir).resolve() if self.config_dir else None
+        Plugins.instance().register(OwnConfigs)
         GlobalHydra.instance().clear()
         root = Path(importlib.import_module("pare.conf").__path__[0])
-        self._hydra = initialize_config_dir(str(root), version_base="1.3", job_name="pare")
-        self._hydra.__enter__()
-        extra = []
-        if self.config_dir:
-            directory = Path(self.config_dir).resolve()
-            if not directory.is_dir():
-                raise ConfigError(f"--config-dir {self.config_dir}: there is no such directory")
-            extra = [f"hydra.searchpath=[file://{directory}]"]
-        return Composer(self.overrides, extra, self.config_name)
+        initialize_config_dir(str(root), version_base="1.3", job_name="pare")
+        return Composer(self.overrides, self.config_name)
 
     def __exit__(self, *error: Any) -> None:
         GlobalHydra.instance().clear()
 
 
-def register_methods(plugins: list[str] | None = None) -> None:
+class OwnConfigs(SearchPathPlugin):
+    """Puts `--config-dir` before Pare's own configs."""
+
+    directory: ClassVar[Path | None] = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if self.directory:
+            search_path.prepend("command-line", f"file://{self.directory}")
+
+
+def register_methods(plugins: Iterable[str] = ()) -> None:
     """Puts the settings class of every method into Hydra's ConfigStore, so that a recipe can name it."""
-    for plugin in plugins or []:
+    for plugin in plugins:
         load_plugin(plugin)
     store = ConfigStore.instance()
     for name, cls in load_all().items():
-        # The node says which method it is; a subclass adds that field so that the settings class stays free of it.
-        node = dataclasses.make_dataclass(cls.__name__, [("method", str, field(default=name))], bases=(cls,))
-        store.store(group="method", name=name, node=node)
+        store.store(group="method", name=name, node=node_class(cls))
 
 
 def load_plugin(plugin: str) -> None:
@@ -134,29 +135,38 @@ def load_plugin(plugin: str) -> None:
 class Composer:
     """Turns the overrides of one command into an experiment."""
 
-    def __init__(self, overrides: list[str], extra: list[str], config_name: str) -> None:
-        self.extra, self.config_name = extra, config_name
+    def __init__(self, overrides: list[str], config_name: str) -> None:
+        self.config_name = config_name
         self.loader = GlobalHydra.instance().config_loader()
         self.parser = OverridesParser.create(config_loader=self.loader)
         self.given = [self.parse(o) for o in overrides]
+        self._composed: dict[tuple[str, ...], Composed] = {}
+        self._make = interned()
 
     def parse(self, text: str) -> Override:
-        try:
-            override = self.parser.parse_override(text)
-        except HydraException as e:
-            raise ConfigError(f"cannot read {text!r} as KEY=VALUE: {one_line(e)}") from e
-        if not override.key_or_group:
-            raise ConfigError(f"cannot read {text!r} as KEY=VALUE: the key is missing")
-        return override
+        return parse(self.parser, text)
 
-    def is_group(self, override: Override) -> bool:
-        return bool(self.loader.get_group_options(override.key_or_group))
+    @functools.cached_property
+    def is_group(self) -> Any:
+        """Whether a key names a config group; asking Hydra takes milliseconds, so each answer is kept."""
+        return functools.cache(lambda key: bool(self.loader.get_group_options(key)))
+
+    def is_value(self, override: Override) -> bool:
+        """Whether an override only sets a value, and leaves what is composed as it is."""
+        return plain(override) and not self.is_group(override.key_or_group)
 
     def compose(self, overrides: list[str]) -> DictConfig:
         try:
-            return compose(self.config_name, overrides=self.extra + overrides)
+            return compose(self.config_name, overrides=overrides)
         except (HydraException, OmegaConfBaseException, ValueError) as e:
             raise self.explain(e, overrides) from e
+
+    def composed(self, overrides: Iterable[Override]) -> Composed:
+        """What Hydra makes of overrides that choose groups, add keys or delete them."""
+        lines = tuple(line_of(o) for o in overrides)
+        if lines not in self._composed:
+            self._composed[lines] = Composed(self.compose(list(lines)), self._make)
+        return self._composed[lines]
 
     def explain(self, error: Exception, overrides: list[str]) -> ConfigError:
         """Hydra's error as one paragraph that names the nearest thing that exists."""
@@ -180,29 +190,29 @@ class Composer:
         scoped = [o for o in self.given if o.key_or_group.startswith("blocks.")]
         common = [o for o in self.given if o not in scoped]
         top = self.top()
-        refuse_unknown(top)
         register_methods(list(top.plugins))
         blocks = self.blocks(top, common)
         for override in scoped:
             name = override.key_or_group.split(".")[1]
             if name not in blocks:
                 raise ConfigError(f"{override.input_line}: there is no block {name!r}.{nearest(name, blocks)}")
-        cluster, tracking = shaped(top, "cluster", Cluster), shaped(top, "tracking", Tracking)
-        options = shaped(top, "sweep", SweepOptions)
-        used: set[int] = set()
+        whole = {group: built_group(group, top[group]) for group in (*SWEEP_PARTS, "sweep")}
+        skip = whole.pop("sweep").invalid == "skip"
+        used: set[str] = set()
         trials: list[Trial] = []
         for name, block in blocks.items():
             own = [o for o in scoped if o.key_or_group.split(".")[1] == name]
-            trials += self.expand(name, block, common, own, options, used)
+            trials += self.expand(name, block, common, own, skip, used)
         for override in common:
-            if about_recipe(override) and id(override) not in used:
-                known = {key for t in trials for key in keys_of(OmegaConf.create(t.config))}
+            if about_recipe(override) and label(override) not in used:
+                known = {key for composed in self._composed.values() for key in composed.keys}
                 key = override.key_or_group
                 raise ConfigError(f"unknown setting {key!r}: no recipe of this experiment has it.{nearest(key, known)}")
         if not trials:
             raise ConfigError("nothing to do: name an experiment (experiment=demo) or a recipe (recipe=gptq)")
+        check_members(trials)
         name = top.name or next((t.recipe for t in trials), "sweep")
-        return Experiment(str(name), uniquely_named(trials), cluster, tracking)
+        return Experiment(str(name), uniquely_named(trials), **whole, plugins=[str(plugin) for plugin in top.plugins])
 
     def top(self) -> DictConfig:
         """The composed config without what only holds for single blocks: recipes, sweeps, `blocks.NAME...`."""
@@ -211,7 +221,7 @@ class Composer:
             for o in self.given
             if not about_recipe(o) and not o.is_sweep_override() and not o.key_or_group.startswith("blocks.")
         ]
-        return self.compose([line_of(o) for o in own])
+        return self.composed(o for o in own if not self.is_value(o)).with_values([o for o in own if self.is_value(o)])
 
     def blocks(self, top: DictConfig, common: list[Override]) -> dict[str, dict[str, Any]]:
         """The experiment's blocks; without an experiment, the recipe of the command line is the only one."""
@@ -240,141 +250,202 @@ class Composer:
         block: dict[str, Any],
         common: list[Override],
         own: list[Override],
-        options: SweepOptions,
-        used: set[int],
-    ) -> list[Trial]:
+        skip: bool,
+        used: set[str],
+    ) -> Iterator[Trial]:
         """The trials of one block. `used` collects the recipe overrides of the command line that this block took."""
-        lines = {key: f"{key}={grammar(value)}" for key, value in (block.get("sweep") or {}).items()}
-        for override in own:  # blocks.NAME.KEY=VALUE
-            line = line_of(override).replace(f"blocks.{name}.", "", 1)
-            lines[label(self.parse(line))] = line
-        if block["recipe"] and "recipe" not in lines:
-            lines = {"recipe": f"recipe={block['recipe']}", **lines}
-        has_keys: set[str] = set()
-        if block["recipe"] and any(about_recipe(o) for o in common):
-            has_keys = set(keys_of(self.compose([lines["recipe"]])))
-        mine = set(lines)
-        for override in common:
-            if about_recipe(override):
-                if block["recipe"] and plain(override) and not override.package and override.key_or_group not in has_keys:
-                    continue  # a setting of another block's recipe
-                used.add(id(override))
-                mine.add(label(override))
-            lines[label(override)] = line_of(override)
-        parsed = [self.parse(line) for line in lines.values()]
-        axes = [o for o in parsed if o.is_sweep_override()]
-        fixed = [o for o in parsed if not o.is_sweep_override()]
-        swept = {label(o) for o in axes}
-        composed: dict[tuple[str, ...], DictConfig] = {}
-        trials = []
-        for point in itertools.product(*(self.points(axis) for axis in axes)):
-            chosen = {label(o): o for o in [*fixed, *point]}
-            groups = [o for o in chosen.values() if self.is_group(o) or not plain(o)]
-            key = tuple(line_of(o) for o in groups)
-            if key not in composed:
-                composed[key] = self.compose(list(key))
-            config = copy.deepcopy(composed[key])
-            for override in chosen.values():
-                if override not in groups:
-                    self.set_value(config, override)
-            refuse_unknown(config)
-            recipe = str(chosen["recipe"].value()) if "recipe" in chosen else name
-            shown = {key: chosen[key].value() for key in lines if key in mine | swept and key != "recipe"}
-            trials.append(build(name if block["recipe"] else recipe, recipe, shown, swept, config, options))
-        return trials
+        lines = [f"{key}={grammar(value)}" for key, value in (block.get("sweep") or {}).items()]
+        lines += [line_of(o).replace(f"blocks.{name}.", "", 1) for o in own]  # blocks.NAME.KEY=VALUE
+        chosen = {label(o): o for o in map(self.parse, lines)}
+        if block["recipe"] and "recipe" not in chosen:
+            chosen = {"recipe": self.parse(f"recipe={block['recipe']}"), **chosen}
+        mine = set(chosen)
+        chosen.update({label(o): o for o in common})
+        shared = {label(o) for o in common if about_recipe(o)}
+        for key, override in chosen.items():
+            part = override.key_or_group.split(".", 1)[0]
+            if (key in mine or override.is_sweep_override()) and part in {*GROUPS, *PLAIN} - {*TRIAL_PARTS, "recipe"}:
+                raise ConfigError(f"{override.input_line}: {part} holds for the whole sweep and takes one value")
+        groups = [o for o in chosen.values() if not self.is_value(o)]
+        used |= {label(o) for o in groups} & shared
+        for point in itertools.product(*map(points, groups)):
+            composed = self.composed(point)
+            # A recipe's setting on the command line is for the recipes that have it.
+            values = [
+                o for key, o in chosen.items() if self.is_value(o) and (key not in shared or o.key_or_group in composed.keys)
+            ]
+            keys = [label(o) for o in (*point, *values)]
+            used |= set(keys) & shared
+            axes = {key for key in chosen if chosen[key].is_sweep_override()}
+            shown = [key for key in chosen if key in {*axes, *mine, *shared} & set(keys) and key != "recipe"]
+            routes = composed.routes(values)
+            for setting in itertools.product(*map(points, values)):
+                at = dict(zip(keys, (*point, *setting), strict=True))
+                recipe = str(at["recipe"].value()) if "recipe" in at else name
+                title = name if block["recipe"] else recipe
+                words = [f"{key.rsplit('.', 1)[-1]}={at[key].value()}" for key in shown if key in axes]
+                parts = {part: composed.part(part, [setting[i] for i in taken]) for part, taken in routes.items()}
+                yield assemble("-".join([title, *words]), title, recipe, {key: at[key].value() for key in shown}, parts, skip)
 
-    def points(self, axis: Override) -> list[Override]:
-        """The values of one swept key, each as an override of its own."""
-        prefix = line_of(axis).split("=", 1)[0]
-        return [self.parse(f"{prefix}={value}") for value in axis.sweep_string_iterator()]
+
+def points(axis: Override) -> list[Override]:
+    """The values of one key, each as an override of its own."""
+    if not axis.is_sweep_override():
+        return [axis]
+    try:
+        values = list(axis.sweep_iterator())
+    except HydraException as e:
+        raise ConfigError(f"{axis.input_line}: {one_line(e)}") from e
+    prefix = line_of(axis).split("=", 1)[0]
+    return [
+        dataclasses.replace(axis, value_type=ValueType.ELEMENT, _value=v, input_line=f"{prefix}={Transformer.str(v)}")
+        for v in values
+    ]
+
+
+# --- from a composed config to trials ---------------------------------------------------------------------------------
+
+
+class Composed:
+    """A composed config, and the parts that have been made of it."""
+
+    def __init__(self, config: DictConfig, make: MakePart) -> None:
+        self.config, self._make = typed(config), make
+        self.keys = dict.fromkeys(keys_of(self.config))
+        names = [*TRIAL_PARTS, *(f"recipe.{name}" for name in self.config.recipe or {})]
+        self.plain = {part: contained(OmegaConf.select(self.config, part), resolve=False) for part in names}
+        self.open = {part for part, plain in self.plain.items() if "${" in json.dumps(plain, default=str)}
+        """Parts that may read any other by an interpolation."""
+        self._scratch = copy.deepcopy(self.config)
+        self._effects: dict[str, list[tuple[tuple[str, ...], Any]]] = {}
+        self._parts: dict[tuple[str, ...], Part] = {}
+
+    def routes(self, values: Sequence[Override]) -> dict[str, list[int]]:
+        """Part -> positions of the overrides (sweeps may be among them) that it depends on."""
+        for override in values:
+            self.check_known(override)
+            if "${" in line_of(override):
+                self.open.add(part_of(override.key_or_group))
+        owners = [part_of(o.key_or_group) for o in values]
+        return {part: [i for i, owner in enumerate(owners) if owner == part or part in self.open] for part in self.plain}
+
+    def part(self, part: str, values: Sequence[Override]) -> Part:
+        """One part with values set: its own values, or where it is `open` those of all parts."""
+        key = (part, *(line_of(o) for o in values))
+        if key not in self._parts:
+            if part in self.open:
+                plain = contained(OmegaConf.select(self.with_values(values), part), where=part)
+            else:
+                plain = copy.deepcopy(self.plain[part])
+                for override in values:
+                    for path, value in self.effects(override):
+                        plain = put(plain, path, value)
+            self._parts[key] = self._make(part, plain)
+        return self._parts[key]
+
+    def with_values(self, values: Iterable[Override]) -> DictConfig:
+        """A copy of the config with values set."""
+        config = copy.deepcopy(self.config)
+        for override in values:
+            self.set_value(config, override)
+        return config
+
+    def effects(self, override: Override) -> list[tuple[tuple[str, ...], Any]]:
+        """What setting a value does: (path within the part, value as the schema converts it)."""
+        line, key = line_of(override), override.key_or_group
+        if line not in self._effects:
+            self.set_value(self._scratch, override)
+            inner = key.split(".")[len(part_of(key).split(".")) :]
+            self._effects[line] = [
+                ((*inner, *path), contained(OmegaConf.select(self._scratch, ".".join([key, *path])), resolve=False))
+                for path, _ in leaves(override.value())
+            ]
+        return self._effects[line]
 
     def set_value(self, config: DictConfig, override: Override) -> None:
-        """Sets one value on a composed config, with the type check of its schema."""
-        key = override.key_or_group
-        known = keys_of(config)
-        if key not in known:
-            raise ConfigError(f"unknown setting {key!r}.{nearest(key, known)}")
+        """Sets one value on a copy of the config, with the type check of its schema."""
+        self.check_known(override)
+        key, value = override.key_or_group, override.value()
+        where, _, last = key.rpartition(".")
+        if key.startswith("recipe.") and last == "method" and value != OmegaConf.select(config, key):
+            raise ConfigError(f"{key} cannot be set; choose another method with method@{where}={value}")
         try:
-            OmegaConf.update(config, key, override.value(), merge=True)
+            OmegaConf.update(config, key, value, merge=True)
         except OmegaConfBaseException as e:
             raise ConfigError(f"{override.input_line}: {one_line(e)}") from e
 
+    def check_known(self, override: Override) -> None:
+        if override.key_or_group not in self.keys:
+            raise ConfigError(f"unknown setting {override.key_or_group!r}.{nearest(override.key_or_group, self.keys)}")
 
-def build(block: str, recipe: str, shown: dict[str, Any], swept: set[str], config: DictConfig, options: SweepOptions) -> Trial:
-    """One trial from its composed config; refuses wrong settings, or marks the trial as skipped."""
-    plain_config: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    need(config.dtype in DTYPES, "dtype", config.dtype, "one of " + ", ".join(DTYPES), "dtype=float32")
-    need(isinstance(config.seed, int) and config.seed >= 0, "seed", config.seed, "an integer >= 0", "seed=0")
-    trial = Trial(
-        name="-".join([block, *(f"{key.rsplit('.', 1)[-1]}={shown[key]}" for key in shown if key in swept)]),
-        block=block,
-        recipe=recipe,
-        overrides=shown,
-        config={key: value for key, value in plain_config.items() if key not in ("blocks", "sweep", "experiment", "name")},
-        model=shaped(config, "model", Model),
-        data=shaped(config, "data", Data),
-        evaluation=shaped(config, "evaluation", Evaluation),
-        seed=config.seed,
-        dtype=config.dtype,
+
+# --- from what the ledger keeps ---------------------------------------------------------------------------------------
+
+
+def restore(rows: Iterable[Mapping[str, Any]], common: Mapping[str, Any], overrides: Sequence[str] = ()) -> Experiment:
+    """An experiment from its trials in the ledger and `Experiment.common()`, without composing anything.
+
+    rows: name, block, recipe, overrides, config, status of each trial, in order; objects or their JSON.
+    overrides: values of cluster, tracking, store or budget that are to be others now.
+    """
+    register_methods(common["plugins"])
+    make = interned()
+    composed = Composed(OmegaConf.create({part: common[part] for part in SWEEP_PARTS}), make)
+    config = composed.with_values(value_override(text, SWEEP_PARTS, "a sweep that goes on can change") for text in overrides)
+    trials = []
+    for row in rows:
+        kept, shown = (json.loads(row[key]) if isinstance(row[key], str) else row[key] for key in ("config", "overrides"))
+        plain = {key: kept[key] for key in TRIAL_PARTS} | {f"recipe.{key}": node for key, node in kept["recipe"].items()}
+        parts = {part: make(part, said) for part, said in plain.items()}
+        trials.append(assemble(row["name"], row["block"], row["recipe"], shown, parts, row["status"] == "skipped"))
+    check_members(trials)
+    return Experiment(
+        common["name"],
+        trials,
+        **{part: built_group(part, config[part]) for part in SWEEP_PARTS},
+        plugins=list(common["plugins"]),
+        request=Request(**common["request"]),
     )
-    trial.config["recipe_name"] = recipe
+
+
+def changed(trial: Trial, overrides: Sequence[str]) -> Trial:
+    """A copy of a trial with other values, checked like any. Only values: another method would be another recipe."""
+    composed = Composed(OmegaConf.create({key: trial.config[key] for key in (*TRIAL_PARTS, "recipe")}), made)
+    values = [value_override(text, (*TRIAL_PARTS, "recipe"), "can be changed for one trial") for text in overrides]
+    name, shown = trial.name, dict(trial.overrides)
+    for override in values:
+        key, value = override.key_or_group, override.value()
+        short = key.rsplit(".", 1)[-1]
+        old, new = f"-{short}={shown.get(key)}-", f"-{short}={value}-"
+        name = (f"{name}-".replace(old, new) if old in f"{name}-" else name + new).removesuffix("-")
+        shown[key] = value
+    routes = composed.routes(values)
+    parts = {part: composed.part(part, [values[i] for i in taken]) for part, taken in routes.items()}
+    return assemble(name, trial.block, trial.recipe, shown, parts, skip=False)
+
+
+def value_override(text: str, allowed: Sequence[str], what: str) -> Override:
+    """One `key=value` where nothing is composed any more."""
+    override = parse(OverridesParser.create(), text)
+    key = override.key_or_group
+    if not plain(override) or override.package or override.is_sweep_override():
+        raise ConfigError(f"{text}: only one value for a key that is there can be set here: KEY=VALUE")
+    if key.split(".")[0] not in allowed or key in ("recipe", *GROUPS):
+        raise ConfigError(f"{text}: only values beneath {', '.join(allowed)} {what}")
+    return override
+
+
+# --- overrides ---------------------------------------------------------------------------------------------------------
+
+
+def parse(parser: OverridesParser, text: str) -> Override:
     try:
-        trial.stages = [stage(name, node) for name, node in (config.recipe or {}).items()]
-    except ConfigError as e:
-        if options.invalid != "skip":
-            raise ConfigError(f"block {block!r}: {e}") from e
-        trial.skipped = str(e)
-    return trial
-
-
-def stage(name: str, node: DictConfig) -> Stage:
-    """The settings object of one stage of a recipe."""
-    where = f"recipe.{name}"
-    if not isinstance(node, DictConfig) or "method" not in node:
-        raise ConfigError(f"{where}: not a method. A recipe lists them as defaults: [/method@{name}: gptq]")
-    method = node.method
-    if method not in METHODS:
-        raise ConfigError(f"{where}: unknown method {method!r}.{nearest(method, METHODS)}")
-    cls = METHODS[method]
-    fields = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in map(str, node):
-        if key not in fields | {"method"}:
-            raise ConfigError(
-                f"unknown setting {f'{where}.{key}'!r}.{nearest(f'{where}.{key}', {f'{where}.{k}' for k in fields})}"
-            )
-    expected = OmegaConf.get_type(node)
-    if isinstance(expected, type) and expected is not dict and not issubclass(expected, cls):
-        raise ConfigError(f"{where}.method cannot be set; choose another method with method@{where}={method}")
-    values = {key: node[key] for key in fields if key in node}
-    plain_values = {k: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for k, v in values.items()}
-    try:
-        return Stage(name, method, cls(**plain_values))
-    except SettingsError as e:
-        default = next((f.default for f in dataclasses.fields(cls) if f.name == e.setting), None)  # type: ignore[arg-type]
-        raise ConfigError(f"{where}.{e.setting} must be {e.allowed}, got {e.got!r}. Try: {where}.{e.setting}={default}") from e
-
-
-def shaped(config: DictConfig, group: str, cls: type) -> Any:
-    """A config group as the object of its schema, keys, types and ranges checked."""
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), config[group]))
-    except OmegaConfBaseException as e:
-        text = one_line(e)
-        if match := re.search(r"Key '([^']+)' not in '([^']+)'", text):
-            full = getattr(e, "full_key", None) or match[1]
-            known = [f"{group}.{key}" for key in keys_of(OmegaConf.structured(cls))]
-            raise ConfigError(f"unknown setting '{group}.{full}'.{nearest(f'{group}.{full}', known)}") from e
-        raise ConfigError(f"{group}.{getattr(e, 'full_key', '') or ''}: {text}") from e
-
-
-def refuse_unknown(config: DictConfig) -> None:
-    """Top-level keys that nothing reads: `+typo=1` would otherwise be accepted in silence."""
-    known = {*GROUPS, *PLAIN}
-    for key in config:
-        if key not in known:
-            raise ConfigError(f"unknown setting {key!r}.{nearest(str(key), known)}")
-    for group, cls in GROUPS.items():
-        shaped(config, group, cls)
+        override = parser.parse_override(text)
+    except HydraException as e:
+        raise ConfigError(f"cannot read {text!r} as KEY=VALUE: {one_line(e)}") from e
+    if not override.key_or_group:
+        raise ConfigError(f"cannot read {text!r} as KEY=VALUE: the key is missing")
+    return override
 
 
 def about_recipe(override: Override) -> bool:
@@ -411,17 +482,6 @@ def grammar(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def keys_of(config: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all nodes and leaves of a config."""
-    keys = []
-    for key in config:
-        node = OmegaConf.select(config, str(key)) if OmegaConf.is_config(config) else config[key]
-        keys.append(f"{prefix}{key}")
-        if OmegaConf.is_dict(node):
-            keys += keys_of(node, f"{prefix}{key}.")
-    return keys
-
-
 def uniquely_named(trials: list[Trial]) -> list[Trial]:
     """Trials that would share a name get a number."""
     seen: dict[str, int] = {}
@@ -430,7 +490,3 @@ def uniquely_named(trials: list[Trial]) -> list[Trial]:
         if seen[trial.name] > 1:
             trial.name += f"#{seen[trial.name]}"
     return trials
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
+import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+from rich.console import Console
 
 from pare import __version__
 from pare.orchestrator import hardware, preflight
 from pare.orchestrator.board import Board, stderr_console
 from pare.orchestrator.config import Experiment, Trial
-from pare.orchestrator.engine import Engine, register
+from pare.orchestrator.engine import Engine, Limits, register
 from pare.orchestrator.fingerprint import digest, version
 from pare.orchestrator.ledger import Ledger
-from pare.orchestrator.plan import Plan
-from pare.orchestrator.pool import Pool, RayPool
-from pare.orchestrator.record import build_record, outcome_digest
+from pare.orchestrator.outbox import Tracker, place_to_keep, tracking_place
+from pare.orchestrator.plan import Plan, Task
+from pare.orchestrator.pool import InlinePool, Pool, RayPool
+from pare.orchestrator.record import build_record, outcome_digest, trial_uid
 from pare.tracking import report as render
 from pare.workers.store import Store
 
-SYNC_EVERY_S = 10.0
 COLUMN = 56
 """Where the explanations of what to type next begin."""
 
@@ -62,24 +65,32 @@ def run(
             highlight=False,
             soft_wrap=True,
         )
-        tracker = Tracker(experiment, home, sweep, store)
-        state = "interrupted"
+        tracking = experiment.tracking
+        place_of = tracking_place(home, tracking.uri, tracking.experiment)
+        tracker = Tracker(home, sweep, store, place_of, tracking.enabled)
+        ledger.post(sweep, "", "sweep", None)
+        ledger.commit()
+        state, code = "interrupted", 0
         try:
             with engine_pool(pool, missing, experiment, device, home, plan) as place:
-                engine = Engine(
-                    plan, store, ledger, run_id, sweep, place, home, device, experiment.cluster.keep_going and not fail_fast
-                )
-                with Board(plan, len(missing), console, tracker.touch if missing else None) as board:
+                engine = Engine(plan, store, ledger, run_id, sweep, place, home, device, limits(experiment, fail_fast))
+                if missing:
+                    tracker.start()
+                with Telling(ledger, sweep, plan, len(missing), console) as board, interruptible(engine, board.say):
                     engine.execute(board)
-            failed = [t for t in ledger.trials(sweep) if t["status"] != "done" and json.loads(t["goals"])]
-            state = "failed" if failed or engine.failed else "done"
+            failed = [t for t in ledger.trials(sweep) if t["status"] == "failed"]
+            if engine.stopping and engine.missing:
+                code = 128 + engine.interrupted if engine.interrupted else 3 if engine.failed else 5
+            else:
+                state = "failed" if failed or engine.failed else "done"
         finally:
             ledger.end_run(run_id, state)
+            ledger.commit()
             if state == "interrupted":
-                tracker.stop()
-                console.print(
-                    f"\ninterrupted; what is finished is kept. Go on with:\n  {command}", highlight=False, markup=False
-                )
+                reason = engine.stopping if code else "interrupted"
+                console.print(f"\n{reason}; what is finished is kept. Go on with:\n  {command}", highlight=False, markup=False)
+        if code in (130, 143):
+            return code
         record = build_record(ledger, store, sweep)
         directory = home / "sweeps" / sweep
         fresh = ledger.tracked(sweep) != outcome_digest(record) or not (directory / "report.html").exists()
@@ -87,13 +98,27 @@ def run(
             render.write_report(record, directory)
         else:
             (directory / "report.json").write_text(json.dumps(record, indent=1))
-        behind = tracker.finish(record, directory, ledger, fresh)
+        behind = tracker.finish(record, say=lambda line: console.print(line, highlight=False)) if fresh else None
+        if not behind:
+            ledger.set_tracked(sweep, outcome_digest(record))
         show(record, directory, as_json)
-        if state == "failed":
-            return 3
-        return 6 if behind else 0
+        if behind:
+            console.print(behind, highlight=False, markup=False, soft_wrap=True)
+        return code or (3 if state == "failed" else 6 if behind else 0)
     finally:
         ledger.close()
+
+
+def limits(experiment: Experiment, fail_fast: bool) -> Limits:
+    cluster, budget = experiment.cluster, experiment.budget
+    return Limits(
+        cluster.keep_going and not fail_fast,
+        cluster.stall_s,
+        cluster.pending_s,
+        budget.wall_s,
+        budget.gpu_hours,
+        budget.trials,
+    )
 
 
 def sweep_id(experiment: Experiment) -> str:
@@ -108,7 +133,7 @@ def engine_pool(
     """The given pool, or a Ray of our own; nothing is started when nothing is missing."""
     if pool is None:
         if not missing:
-            yield NoPool()
+            yield InlinePool(slots=0)
             return
         pool = RayPool(preflight.slots_for(experiment, device, missing, plan), device, home)
     try:
@@ -117,106 +142,58 @@ def engine_pool(
         pool.close()
 
 
-class NoPool:
-    """Stands where nothing is to be run."""
+class Telling(Board):
+    """The board, which also puts into the outbox what MLflow is to be told."""
 
-    slots = 0
+    def __init__(self, ledger: Ledger, sweep: str, plan: Plan, n_missing: int, console: Console) -> None:
+        super().__init__(plan, n_missing, console)
+        self.ledger, self.sweep = ledger, sweep
 
-    def idle(self) -> int:
-        return 0
+    def points(self, task: Task, points: list[tuple[int, dict[str, float]]]) -> None:
+        for step, values in points:
+            for name, value in values.items():
+                for trial in task.trials:
+                    body = {"name": f"{CURVES[task.type]}/{name}", "step": step, "value": value}
+                    self.ledger.post(self.sweep, trial_uid(self.sweep, trial), "point", body)
 
-    def submit(self, job: int, requests: list[dict[str, Any]], whole_machine: bool) -> None:
-        raise RuntimeError("a task was started although the plan had none missing")
-
-    def wait(self, timeout_s: float) -> list[tuple[int, list[dict[str, Any]]]]:
-        return []
-
-    def close(self) -> None:
-        pass
-
-
-class Tracker:
-    """Projects the record to MLflow from a thread of its own: a slow or dead server never slows a trial."""
-
-    def __init__(self, experiment: Experiment, home: Path, sweep: str, store: Store) -> None:
-        self.enabled = experiment.tracking.enabled
-        self.home, self.sweep, self.store = home, sweep, store
-        self.place = tracking_place(home, experiment.tracking.uri, experiment.tracking.experiment)
-        self.error: str | None = None
-        self._dirty, self._stop = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._loop, daemon=True)
-        self._started = False
-        self._sink: Any = None
-
-    def touch(self) -> None:
-        """A trial has ended: its record is worth logging."""
-        if not self.enabled:
-            return
-        self._dirty.set()
-        if not self._started:
-            self._started = True
-            self._thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._dirty.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def finish(self, record: dict[str, Any], directory: Path, ledger: Ledger, fresh: bool) -> bool:
-        """The last, complete projection. Returns whether tracking is behind."""
-        self.stop()
-        if not self.enabled or not fresh:
-            return False
-        self.error = None
-        self._sync(record, directory)
-        if self.error:
-            stderr_console().print(
-                f"tracking is behind: {self.error}\nThe results are safe in the ledger; the same command logs them again.",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
-            return True
-        ledger.set_tracked(self.sweep, outcome_digest(record))
-        return False
-
-    def _loop(self) -> None:
-        reader = Ledger(self.home)  # SQLite connections belong to one thread
-        try:
-            while not self._stop.wait(0 if self._dirty.is_set() else SYNC_EVERY_S):
-                if self._dirty.is_set():
-                    self._dirty.clear()
-                    self._sync(build_record(reader, self.store, self.sweep), None)
-                    self._stop.wait(SYNC_EVERY_S)
-        finally:
-            reader.close()
-
-    def _sync(self, record: dict[str, Any], directory: Path | None) -> None:
-        from pare.tracking.mlflow_log import MlflowTracker, TrackingError
-
-        uri, artifacts, name = self.place
-        try:
-            self._sink = self._sink or MlflowTracker(uri, artifacts, name)
-            self._sink.sync(record, directory)
-        except TrackingError as e:
-            self.error = str(e)
+    def trial_ended(self, trial: str, status: str, failure: dict[str, Any] | None) -> None:
+        super().trial_ended(trial, status, failure)
+        self.ledger.post(self.sweep, trial_uid(self.sweep, trial), "trial", None)
 
 
-def tracking_place(home: Path, uri: str | None = None, experiment: str = "pare") -> tuple[str, Path, str]:
-    """(tracking URI, artifact root, experiment name); the environment wins over the config."""
-    return (
-        os.environ.get("MLFLOW_TRACKING_URI") or uri or "auto",
-        (home / "mlartifacts").absolute(),
-        os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment,
-    )
+CURVES = {"train": "train", "allocate": "search"}
+"""Task type -> what the names of its curves begin with."""
+
+
+@contextlib.contextmanager
+def interruptible(engine: Engine, say: Callable[[str], None]) -> Iterator[None]:
+    """Ctrl-C or SIGTERM once: running tasks save their state and the sweep stops. Twice: at once, by force."""
+
+    def asked(number: int, _frame: FrameType | None) -> None:
+        if engine.interrupted:
+            raise KeyboardInterrupt
+        engine.interrupted = number
+        say("stopping: what runs saves its state and ends. Once more stops by force; nothing that is finished is lost.")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def about(experiment: Experiment, plan: Plan) -> dict[str, Any]:
     """The part of the record that describes the sweep as a whole."""
     first = experiment.trials[0]
     model = next(iter(plan.models.values()), {})
+    tracking = experiment.tracking
     return {
+        "common": experiment.common(),
+        "tracking": place_to_keep(tracking.uri, tracking.experiment) if tracking.enabled else None,
         "base": {
             "name": first.model.name or first.model.path,
             "parameters": model.get("n_parameters"),
@@ -260,8 +237,6 @@ def show(record: dict[str, Any], directory: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(record, indent=1))
         return
-    from rich.console import Console
-
     console = Console(width=None if shutil.get_terminal_size((0, 0)).columns else 140)
     console.print(render.terminal(record))
     best = next((t["trial"] for t in record["trials"] if t["pareto"] and t["recipe"] != "base"), None)

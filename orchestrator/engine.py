@@ -1,19 +1,28 @@
 """The ready loop: starts what can run, takes in what came back, decides about another attempt.
 
 The driver owns it all. Ray is only where tasks run; the store says what is done; the ledger writes down what happened.
+Nothing in the loop walks the whole plan: a task knows how many of its inputs are missing and which tasks wait for it.
+
+A search (a coordinated task) holds no slot. Its coordination runs in a thread of the driver and asks for probes; these
+are jobs in the pool like others, as many at once as slots are free.
 """
 
 from __future__ import annotations
 
-import json
-from collections import Counter
+import heapq
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from pare.orchestrator.fingerprint import DEPENDS_ON_DEVICE, canonical
 from pare.orchestrator.ledger import Ledger
-from pare.orchestrator.plan import Plan, Task
+from pare.orchestrator.plan import NoMembersError, Plan, Task
 from pare.orchestrator.pool import Pool, Reply
+from pare.workers.run import Coordination
 from pare.workers.store import Store
 
 RETRIES = {
@@ -21,18 +30,28 @@ RETRIES = {
     "oom_host": 1,
     "oom_gpu": 1,
     "corrupt_input": 1,
+    "hang": 1,
     "unknown": 1,
     "user_error": 0,
     "nonfinite": 0,
     "export_mismatch": 0,
     "disk_full": 0,
+    "pending": 0,
 }
 """Failure class -> further attempts. A deterministic failure gets none: it would fail again."""
 
 ALONE = frozenset({"speed"})
 """Task types that take the whole machine, together with their likes, after everything else."""
 
+COORDINATED = frozenset({"allocate"})
+"""Task types whose module defines `coordinate`: searches."""
+
+STOPPED = "stopped"
+"""Class of an attempt that ended because it was told to. It is no failure of the task."""
+
 WAIT_S = 0.25
+LOOK_EVERY_S = 1.0
+"""Between two looks at how far the running tasks are."""
 
 
 class Listener(Protocol):
@@ -42,9 +61,57 @@ class Listener(Protocol):
 
     def progressed(self, running: dict[str, dict[str, Any] | None]) -> None: ...
 
+    def points(self, task: Task, points: list[tuple[int, dict[str, float]]]) -> None: ...
+
     def ended(self, task: Task, reply: Reply, final: bool) -> None: ...
 
     def trial_ended(self, trial: str, status: str, failure: dict[str, Any] | None) -> None: ...
+
+
+@dataclass
+class Limits:
+    """What may be spent, and how long something may stand still."""
+
+    keep_going: bool = True
+    """Whether other tasks go on when one has failed for good."""
+    stall_s: float = 1800.0
+    """Seconds without a sign of progress after which a task counts as hung."""
+    pending_s: float = 600.0
+    """Seconds that a worker may take to come up."""
+    wall_s: float | None = None
+    gpu_hours: float | None = None
+    trials: int | None = None
+    """Trials that may end; further ones are not started."""
+
+
+@dataclass
+class Job:
+    """What one worker is at."""
+
+    tasks: list[Task]
+    probes: list[int] | None = None
+    """Of a search: numbers of its probes."""
+    since: float = field(default_factory=time.monotonic)
+    beat: Any = None
+    beat_at: float = field(default_factory=time.monotonic)
+    seen: int = 0
+    """Curve points taken in."""
+
+
+@dataclass
+class Search:
+    """A coordinated task on its way."""
+
+    task: Task
+    coordination: Coordination
+    thinking: Future[Any] | None = None
+    probes: list[dict[str, Any]] = field(default_factory=list)
+    waiting: deque[list[int]] = field(default_factory=deque)
+    """Numbers of the probes still to be handed out, in shares."""
+    scores: dict[int, Any] = field(default_factory=dict)
+    failures: int = 0
+    seen: int = 0
+    """Curve points shown."""
 
 
 class Engine:
@@ -60,156 +127,408 @@ class Engine:
         pool: Pool,
         home: Path,
         device: str,
-        keep_going: bool,
+        limits: Limits,
+        ranks: Mapping[str, float] | None = None,
     ) -> None:
         self.plan, self.store, self.ledger, self.run, self.sweep = plan, store, ledger, run, sweep
-        self.pool, self.home, self.device, self.keep_going = pool, home, device, keep_going
-        self.missing = {task.fingerprint: task for task in plan.missing(store)}
+        self.pool, self.home, self.device, self.limits = pool, home, device, limits
+        self.ranks = ranks or {}
         self.failed: dict[str, dict[str, Any]] = {}
         self.failures: Counter[tuple[str, str]] = Counter()
-        self.running: dict[int, list[Task]] = {}
+        self.running: dict[int, Job] = {}
+        self.searches: dict[str, Search] = {}
         self.attempts: dict[str, int] = {}
         self.settled: set[str] = set()
         self.jobs = 0
-        self.stopping = False
+        self.stopping: str | None = None
+        """Why nothing more is started, if so."""
+        self.interrupted = 0
+        """Number of the signal that asked for the end, if one did."""
+        self.spent_gpu_s = 0.0
+        self._since = time.monotonic()
+        self._looked = 0.0
+        self._thinkers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="search")
+        self._order: dict[str, int] = {}
+        self.stock(plan.missing(store))
+
+    # -- the graph of what is missing ----------------------------------------------------------------------------
+
+    def stock(self, missing: Iterable[Task]) -> None:
+        """Takes the missing tasks in, producers first."""
+        self.missing = {task.fingerprint: task for task in missing}
+        self.consumers: dict[str, list[str]] = {}
+        self.needs: dict[str, int] = {}
+        self.ready: list[tuple[float, int, str]] = []
+        self.alone: dict[str, list[Task]] = {}
+        self.ends: dict[str, list[str]] = {}
+        self.open: dict[str, int] = {}
+        self.admit(self.missing.values())
+        for trial in self.plan.goals:
+            self.watch(trial)
+
+    def admit(self, tasks: Iterable[Task]) -> None:
+        """Queues missing tasks, each behind those that it needs."""
+        for task in tasks:
+            fingerprint = task.fingerprint
+            self._order.setdefault(fingerprint, len(self._order))
+            needed = {fp for fp in task.inputs.values() if fp in self.missing}
+            self.needs[fingerprint] = len(needed)
+            for producer in needed:
+                self.consumers.setdefault(producer, []).append(fingerprint)
+            if not needed:
+                self.queue(task)
+
+    def queue(self, task: Task) -> None:
+        """A task whose inputs are all there."""
+        if task.fingerprint in self.failed:
+            return
+        if task.type in ALONE:
+            self.alone.setdefault(canonical([task.type, task.spec]), []).append(task)
+        else:
+            heapq.heappush(
+                self.ready, (-self.ranks.get(task.fingerprint, 0.0), self._order[task.fingerprint], task.fingerprint)
+            )
+
+    def watch(self, trial: str) -> None:
+        """Counts what a trial still waits for."""
+        if trial in self.settled:
+            return
+        ends = self.plan.wanted_of(trial) if trial in self.plan.late else self.plan.goals[trial].ends
+        waiting = {fp for fp in ends if fp in self.missing and fp not in self.failed}
+        for fingerprint in waiting:
+            self.ends.setdefault(fingerprint, []).append(trial)
+        self.open[trial] = len(waiting)
+
+    # -- the loop ------------------------------------------------------------------------------------------------
 
     def execute(self, listener: Listener) -> None:
         """Runs until nothing is left to start and nothing runs. Failed tasks fail their trials, not the sweep."""
-        self.settle(listener)
-        while True:
-            self.start(listener)
-            if not self.running:
-                break
-            for job, replies in self.pool.wait(WAIT_S):
-                self.take_in(job, replies, listener)
-            listener.progressed({task.fingerprint: self.live(task) for tasks in self.running.values() for task in tasks})
-        self.settle(listener)
+        try:
+            for trial in list(self.plan.goals):
+                self.settle(trial, listener)
+            while True:
+                self.check_budget()
+                self.think(listener)
+                self.start(listener)
+                self.ledger.commit()
+                if not self.running and not any(search.thinking for search in self.searches.values()):
+                    break
+                for job, replies in self.pool.wait(WAIT_S):
+                    self.take_in(job, replies, listener)
+                self.look(listener)
+        finally:
+            self._thinkers.shutdown(wait=False, cancel_futures=True)
+            self.ledger.commit()
+
+    def stop(self, reason: str) -> None:
+        """Starts nothing more; what runs is asked to save its state and end."""
+        self.stopping = reason
+        self.pool.ask_to_stop()
+
+    def check_budget(self) -> None:
+        limits = self.limits
+        if self.interrupted and not self.stopping:
+            self.stop("interrupted")
+        ended = sum(1 for trial in self.settled if self.plan.goals[trial].tasks)
+        for name, allowed, spent in (
+            ("wall_s", limits.wall_s, time.monotonic() - self._since),
+            ("gpu_hours", limits.gpu_hours, self.spent_gpu_s / 3600),
+            ("trials", limits.trials, ended),
+        ):
+            if allowed is not None and spent >= allowed and not self.stopping and (self.missing or self.running):
+                self.stop(f"budget.{name}={allowed:g} is spent")
 
     def start(self, listener: Listener) -> None:
-        """Hands ready tasks to free slots, in the order of the plan; tasks that run alone come last."""
+        """Hands probes and ready tasks to free slots, the longest way to the end first; tasks that run alone come last."""
         if self.stopping:
             return
-        busy = {task.fingerprint for tasks in self.running.values() for task in tasks}
-        waiting = [t for fp, t in self.missing.items() if fp not in busy and fp not in self.failed and not self.blocked(t)]
-        for task in waiting:
-            if self.pool.idle() < 1:
-                return
-            if task.type not in ALONE and self.ready(task):
-                self.launch([task], listener)
-        if self.running or any(task.type not in ALONE for task in waiting):
+        while self.pool.idle() > 0:
+            search = next((s for s in self.searches.values() if s.waiting), None)
+            if search:
+                self.send_probes(search)
+                continue
+            task = self.next_ready()
+            if task is None:
+                break
+            self.launch([task], listener)
+        if self.running or self.searches or self.ready or any(t.type not in ALONE for t in self.unblocked()):
             return
-        batches: dict[str, list[Task]] = {}
-        for task in waiting:
-            batches.setdefault(canonical([task.type, task.spec]), []).append(task)
-        if batches:
-            self.launch(next(iter(batches.values())), listener)
+        if self.alone:
+            self.launch(self.alone.pop(next(iter(self.alone))), listener)
+
+    def unblocked(self) -> Iterable[Task]:
+        """Missing tasks that may still run. Asked only when nothing runs and nothing is ready."""
+        return (task for task in self.missing.values() if not self.cause(task.fingerprint))
+
+    def next_ready(self) -> Task | None:
+        while self.ready:
+            fingerprint = heapq.heappop(self.ready)[2]
+            if fingerprint in self.missing and fingerprint not in self.failed:
+                return self.missing[fingerprint]
+        return None
+
+    def request(self, task: Task) -> dict[str, Any]:
+        """What a worker is told."""
+        return {
+            "fingerprint": task.fingerprint,
+            "type": task.type,
+            "label": task.label,
+            "spec": task.spec,
+            "where": task.where,
+            "inputs": task.inputs,
+            "store": self.store.location,
+            "device": self.device if task.type in DEPENDS_ON_DEVICE else "cpu",
+            "threads": task.spec["threads"] if task.type in ALONE else 1,
+            "log": str(self.log(task).absolute()),
+        }
 
     def launch(self, tasks: list[Task], listener: Listener) -> None:
-        alone = tasks[0].type in ALONE
-        requests = [
-            {
-                "fingerprint": task.fingerprint,
-                "type": task.type,
-                "label": task.label,
-                "spec": task.spec,
-                "where": task.where,
-                "inputs": task.inputs,
-                "store": str(self.store.root.absolute()),
-                "device": self.device if task.type in DEPENDS_ON_DEVICE else "cpu",
-                "threads": task.spec["threads"] if alone else 1,
-                "log": str(self.log(task).absolute()),
-                "live": str((self.home / "live" / task.fingerprint).absolute()),
-            }
-            for task in tasks
-        ]
-        (self.home / "live").mkdir(exist_ok=True)
-        self.jobs += 1
-        self.running[self.jobs] = tasks
         for task in tasks:
             self.attempts[task.fingerprint] = self.ledger.start_attempt(task.fingerprint, self.run)
             listener.started(task, sum(n for (fp, _), n in self.failures.items() if fp == task.fingerprint) + 1)
         for trial in {name for task in tasks for name in task.trials} - self.settled:
             self.ledger.set_trial(self.sweep, trial, "running")
-        self.pool.submit(self.jobs, requests, whole_machine=alone)
+        if tasks[0].type in COORDINATED:
+            search = Search(tasks[0], Coordination(self.request(tasks[0])))
+            search.thinking = self._thinkers.submit(search.coordination.advance, None)
+            self.searches[tasks[0].fingerprint] = search
+            return
+        self.jobs += 1
+        self.running[self.jobs] = Job(tasks)
+        self.pool.submit(self.jobs, [self.request(task) for task in tasks], whole_machine=tasks[0].type in ALONE)
 
     def take_in(self, job: int, replies: list[Reply], listener: Listener) -> None:
         """Writes down how a job ended. A worker that died gives one reply for all its tasks."""
-        tasks = self.running.pop(job)
-        if len(replies) != len(tasks):
-            replies = replies * len(tasks)
-        for task, given in zip(tasks, replies, strict=True):
-            reply = {**given, "fingerprint": task.fingerprint}
-            self.ledger.end_attempt(self.attempts.pop(task.fingerprint), self.run, reply)
-            (self.home / "live" / task.fingerprint).unlink(missing_ok=True)
-            final = True
-            if reply["ok"]:
-                self.missing.pop(task.fingerprint, None)
-            else:
-                final = not self.again(task, reply)
-            listener.ended(task, reply, final)
-        self.settle(listener)
+        ended = self.running.pop(job)
+        if ended.probes is not None:
+            self.take_in_probes(ended, replies[0])
+            return
+        if len(replies) != len(ended.tasks):
+            replies = replies * len(ended.tasks)
+        for task, given in zip(ended.tasks, replies, strict=True):
+            self.finish(task, {**given, "fingerprint": task.fingerprint}, listener)
+
+    def finish(self, task: Task, reply: Reply, listener: Listener) -> None:
+        """Writes down how an attempt ended, and sets free or blocks what waits for the task."""
+        self.ledger.end_attempt(self.attempts.pop(task.fingerprint), self.run, reply)
+        self.spent_gpu_s += reply.get("cost", {}).get("wall_s", 0.0) if self.device == "cuda" else 0.0
+        final = True
+        if reply["ok"]:
+            self.done(task.fingerprint)
+        else:
+            final = not self.again(task, reply)
+        listener.ended(task, reply, final)
+        for trial in list(self.ends.get(task.fingerprint, ())) if reply["ok"] else []:
+            self.open[trial] -= 1
+            self.settle(trial, listener)
+        if final and not reply["ok"]:
+            for trial in list(self.plan.goals):
+                self.settle(trial, listener)
+
+    def done(self, fingerprint: str) -> None:
+        self.missing.pop(fingerprint, None)
+        for consumer in self.consumers.pop(fingerprint, ()):
+            self.needs[consumer] -= 1
+            if not self.needs[consumer] and consumer in self.missing:
+                self.queue(self.missing[consumer])
 
     def again(self, task: Task, reply: Reply) -> bool:
         """Whether the task gets another attempt. A damaged input is made anew first."""
         failure = reply["failure"]
+        if failure == STOPPED:
+            return True
         self.failures[task.fingerprint, failure] += 1
         if self.failures[task.fingerprint, failure] <= RETRIES.get(failure, 0):
             if failure == "corrupt_input":
-                self.missing = {t.fingerprint: t for t in self.plan.missing(self.store)}
+                self.restock()
+            else:
+                self.queue(task)
             return True
         message = f"{reply.get('message', '')} (log: {self.log(task)})"
         self.failed[task.fingerprint] = {"failure": failure, "message": message, "task": task.label}
-        if not self.keep_going:
-            self.stopping = True
+        if not self.limits.keep_going:
+            self.stopping = f"{task.label} failed, and nothing more is started (--fail-fast)"
         return False
 
-    def ready(self, task: Task) -> bool:
-        return all(fp not in self.missing for fp in task.inputs.values())
-
-    def blocked(self, task: Task) -> bool:
-        """Whether something that the task needs, however far up, has failed for good."""
-        return self.cause(task.fingerprint) is not None
+    def restock(self) -> None:
+        """Works out anew what is missing: an artifact has been taken out of the store. What runs goes on."""
+        busy = {task.fingerprint for job in self.running.values() for task in job.tasks} | set(self.searches)
+        self.stock(self.plan.missing(self.store))
+        self.ready = [entry for entry in self.ready if entry[2] not in busy]
+        heapq.heapify(self.ready)
 
     def cause(self, fingerprint: str) -> dict[str, Any] | None:
         """The failure that keeps a task from being done, if any."""
-        if fingerprint in self.failed:
-            return self.failed[fingerprint]
-        if fingerprint not in self.missing:
-            return None
-        return next((c for fp in self.plan.tasks[fingerprint].inputs.values() if (c := self.cause(fp))), None)
+        waiting, seen = [fingerprint], set()
+        while waiting:
+            fp = waiting.pop()
+            if fp in self.failed:
+                return self.failed[fp]
+            if fp in self.missing and fp not in seen:
+                seen.add(fp)
+                waiting += self.plan.tasks[fp].inputs.values()
+        return None
 
-    def settle(self, listener: Listener) -> None:
-        """Marks trials that are done or can no longer be done."""
-        for trial, goals in self.plan.goals.items():
-            if trial in self.settled:
-                continue
-            ends = [fp for fp in (goals.export, goals.evaluate) if fp]
-            cause = next((c for fp in ends if (c := self.cause(fp))), None)
-            if cause:
-                status = "failed"
-            elif all(fp not in self.missing for fp in ends):
-                status = "done"
+    # -- trials --------------------------------------------------------------------------------------------------
+
+    def settle(self, trial: str, listener: Listener) -> None:
+        """Marks a trial that is done or can no longer be done; answers its query when the last candidate is final."""
+        if trial in self.settled:
+            return
+        if trial in self.plan.late:
+            if self.resolve(trial, listener):
+                self.settle(trial, listener)
+            return
+        goals = self.plan.goals[trial]
+        status, cause = "done", None
+        if self.open[trial]:
+            cause = next((c for fp in goals.ends if (c := self.cause(fp))), None) if self.failed else None
+            if cause is None:
+                return
+            status = "failed"
+        self.end_trial(trial, status, cause, listener)
+
+    def end_trial(self, trial: str, status: str, cause: dict[str, Any] | None, listener: Listener) -> None:
+        self.settled.add(trial)
+        self.ledger.set_trial(self.sweep, trial, status, cause)
+        listener.trial_ended(trial, status, cause)
+
+    def resolve(self, trial: str, listener: Listener) -> bool:
+        """Replaces a late trial's stand-ins by its true tasks. Whether its candidates were all final."""
+        candidates = self.plan.late[trial].candidates.values()
+        results: dict[str, Mapping[str, Any] | None] = {}
+        for fingerprint in candidates:
+            if fingerprint not in self.missing:
+                results[fingerprint] = self.store.manifest(fingerprint)["result"]
+            elif self.failed and self.cause(fingerprint):
+                results[fingerprint] = None
             else:
+                return False
+        try:
+            new = self.plan.resolve(trial, results)
+        except NoMembersError as e:
+            cause = {"failure": "no_members", "message": str(e), "task": None}
+            self.end_trial(trial, "failed", cause, listener)
+            return False
+        register_tasks(new, self.store, self.ledger)
+        goals = self.plan.goals[trial]
+        self.ledger.set_goals(self.sweep, trial, vars(goals))
+        wanted = [fp for fp in goals.tasks if fp not in self.missing and not self.store.has(fp)]
+        fresh = [self.plan.tasks[fp] for fp in wanted if fp in self.plan.tasks]
+        self.missing |= {task.fingerprint: task for task in fresh}
+        self.admit(fresh)
+        self.watch(trial)
+        return True
+
+    # -- searches ------------------------------------------------------------------------------------------------
+
+    def think(self, listener: Listener) -> None:
+        """Takes in what coordinations have come to: more probes, or their end."""
+        for fingerprint, search in list(self.searches.items()):
+            if search.thinking is None:
+                if len(search.scores) == len(search.probes) and not search.waiting:
+                    scores = [search.scores[i] for i in range(len(search.probes))]
+                    search.thinking = self._thinkers.submit(search.coordination.advance, scores)
+                elif self.stopping and not self.probing(search):
+                    self.end_search(search, {"ok": False, "failure": STOPPED, "message": self.stopping}, listener)
                 continue
-            self.settled.add(trial)
-            self.ledger.set_trial(self.sweep, trial, status, cause)
-            listener.trial_ended(trial, status, cause)
+            if not search.thinking.done():
+                continue
+            probes = search.thinking.result()
+            search.thinking = None
+            self.tell_search(search, listener)
+            if probes is None:
+                del self.searches[fingerprint]
+                self.finish(search.task, search.coordination.reply, listener)
+                continue
+            search.probes, search.scores = probes, {}
+            n = max(1, min(self.pool.slots, len(probes)))
+            search.waiting = deque(list(range(start, len(probes), n)) for start in range(n))
+
+    def tell_search(self, search: Search, listener: Listener) -> None:
+        """Shows how far a search has come."""
+        live = search.coordination.look(search.seen)
+        search.seen += len(live["points"])
+        listener.points(search.task, live["points"])
+        listener.progressed({search.task.fingerprint: live["progress"]})
+
+    def probing(self, search: Search) -> bool:
+        return any(job.probes is not None and job.tasks[0] is search.task for job in self.running.values())
+
+    def send_probes(self, search: Search) -> None:
+        numbers = search.waiting.popleft()
+        request = {**self.request(search.task), "probes": [search.probes[i] for i in numbers]}
+        self.jobs += 1
+        self.running[self.jobs] = Job([search.task], numbers)
+        self.pool.submit(self.jobs, [request], whole_machine=False)
+
+    def take_in_probes(self, job: Job, reply: Reply) -> None:
+        """Scores of some probes. A share that was lost is handed out again, as often as a task would be."""
+        search = self.searches.get(job.tasks[0].fingerprint)
+        if search is None or job.probes is None:
+            return
+        search.coordination.spend(reply.get("cost", {}))
+        if reply["ok"]:
+            search.scores |= dict(zip(job.probes, reply["scores"], strict=True))
+            return
+        search.failures += 1
+        if reply["failure"] == STOPPED or search.failures <= RETRIES.get(reply["failure"], 0):
+            search.waiting.append(job.probes)
+            return
+        search.waiting.clear()
+        search.probes, search.scores = [], {}
+        failure = {"ok": False, "failure": reply["failure"], "message": reply.get("message", "")}
+        search.coordination.end(failure)
+        search.thinking = self._thinkers.submit(lambda: None)
+
+    def end_search(self, search: Search, reply: Reply, listener: Listener) -> None:
+        search.coordination.end(reply)
+        del self.searches[search.task.fingerprint]
+        self.finish(search.task, search.coordination.reply, listener)
+
+    # -- watching ------------------------------------------------------------------------------------------------
+
+    def look(self, listener: Listener) -> None:
+        """How far the running tasks are; ends those that stand still."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_EVERY_S:
+            return
+        self._looked = now
+        shown: dict[str, dict[str, Any] | None] = {}
+        wanted = {
+            number: (job.tasks[0].fingerprint + ("/probes" if job.probes is not None else ""), job.seen)
+            for number, job in self.running.items()
+        }
+        for number, live in self.pool.look(wanted).items():
+            job = self.running[number]
+            if live["beat"] != job.beat:
+                job.beat, job.beat_at = live["beat"], now
+            if live["points"]:
+                job.seen += len(live["points"])
+                listener.points(job.tasks[0], live["points"])
+            if job.probes is None:
+                shown[job.tasks[0].fingerprint] = live["progress"]
+        listener.progressed(shown)
+        for number, job in list(self.running.items()):
+            if now - job.beat_at > self.limits.stall_s:
+                self.pool.kill(number, "hang", f"no progress for {self.limits.stall_s:g} s (cluster.stall_s)")
+            elif job.beat is None and now - job.since > self.limits.pending_s and self.pool.is_pending(number):
+                message = f"no worker came up within {self.limits.pending_s:g} s (cluster.pending_s)"
+                self.pool.kill(number, "pending", message)
 
     def log(self, task: Task) -> Path:
         return self.home / "logs" / f"{task.fingerprint[:12]}.log"
 
-    def live(self, task: Task) -> dict[str, Any] | None:
-        """How far a running task says it is."""
-        try:
-            return dict(json.loads((self.home / "live" / task.fingerprint).read_text()))
-        except (FileNotFoundError, ValueError):
-            return None
-
 
 def register(plan: Plan, store: Store, ledger: Ledger) -> None:
     """Writes the plan's tasks into the ledger; results that are in the store but not in the ledger are copied over."""
-    known = ledger.tasks(list(plan.tasks))
-    for fingerprint, task in plan.tasks.items():
+    register_tasks((task for task in plan.tasks.values() if not task.late), store, ledger)
+
+
+def register_tasks(tasks: Iterable[Task], store: Store, ledger: Ledger) -> None:
+    by_fingerprint = {task.fingerprint: task for task in tasks}
+    known = ledger.tasks(list(by_fingerprint))
+    for fingerprint, task in by_fingerprint.items():
         row = known.get(fingerprint)
         present = store.has(fingerprint)
         if row is not None and row["status"] == "done" and present:

@@ -24,7 +24,7 @@ from blake3 import blake3
 
 RECORD = "pare.task/1"
 
-CANNOT_CHANGE_A_NUMBER = frozenset({"pare.workers.store", "pare.workers.task", "pare.workers.run"})
+CANNOT_CHANGE_A_NUMBER = frozenset({f"pare.workers.{name}" for name in ("blobs", "checkpoint", "run", "store", "task")})
 """How a task is fed, run and published; not what it computes."""
 
 IMPORTED_BY_NAME = {"pare.methods.parts.formula": ("pare.methods.parts",)}
@@ -38,6 +38,10 @@ LIBRARIES = {
     "calibrate": ("torch", "transformers"),
     "compress": ("torch", "transformers"),
     "train": ("torch", "transformers", "peft", "bitsandbytes"),
+    "merge": ("torch", "transformers", "peft"),
+    "levels": ("torch",),
+    "allocate": ("torch", "transformers", "scipy"),
+    "assemble": (),
     "score": ("torch", "transformers"),
     "export": ("torch", "transformers", "compressed-tensors", "peft", "bitsandbytes"),
     "evaluate": ("torch", "transformers", "compressed-tensors", "peft", "bitsandbytes", "lm-eval"),
@@ -45,7 +49,7 @@ LIBRARIES = {
 }
 """Task type -> distributions whose version enters the fingerprint."""
 
-DEPENDS_ON_DEVICE = frozenset({"calibrate", "compress", "train", "score", "evaluate", "speed"})
+DEPENDS_ON_DEVICE = frozenset({"calibrate", "compress", "train", "merge", "allocate", "score", "evaluate", "speed"})
 """Task types whose numbers differ between a CPU and a GPU."""
 
 
@@ -68,10 +72,16 @@ def task_record(
         "type": kind,
         "spec": spec,
         "inputs": inputs,
-        "libraries": {name: version(name) for name in LIBRARIES[kind]},
+        "libraries": libraries(kind),
         "device": device if kind in DEPENDS_ON_DEVICE else None,
-        "code": code_digest((f"pare.workers.tasks.{kind}", *sorted(also))),
+        "code": code_digest((kind if "." in kind else f"pare.workers.tasks.{kind}", *sorted(also))),
     }
+
+
+@functools.cache
+def libraries(kind: str) -> dict[str, str | None]:
+    """Distribution -> version, one object for all tasks of a type."""
+    return {name: version(name) for name in LIBRARIES.get(kind, ())}
 
 
 @functools.cache

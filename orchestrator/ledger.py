@@ -1,7 +1,8 @@
 """The ledger: what was asked for, what was tried, what came out. SQLite, one writer (the driver), the truth.
 
 MLflow, reports and `pare status` are projections of it. A task is done when its artifact is in the store; the ledger
-row follows the publication, and the next driver copies it from the manifest after a crash in between.
+row follows the publication, and the next driver copies it from the manifest after a crash in between. Writes gather in
+one transaction until `commit`, so that a thousand small tasks do not wait for a thousand flushes of the disk.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ CREATE TABLE IF NOT EXISTS task (fingerprint TEXT PRIMARY KEY, type TEXT, label 
 CREATE TABLE IF NOT EXISTS attempt (id INTEGER PRIMARY KEY, fingerprint TEXT, run INTEGER, number INTEGER, started REAL,
   finished REAL, status TEXT, failure TEXT, message TEXT, cost TEXT);
 CREATE TABLE IF NOT EXISTS tracked (sweep TEXT PRIMARY KEY, digest TEXT);
+CREATE TABLE IF NOT EXISTS outbox (id INTEGER PRIMARY KEY, sweep TEXT, uid TEXT, kind TEXT, body TEXT);
 CREATE INDEX IF NOT EXISTS attempt_of ON attempt (fingerprint);
 """
 
@@ -78,6 +80,8 @@ class Ledger:
         os.write(self._lock, str(os.getpid()).encode())
 
     def close(self) -> None:
+        """Commits what was written, and lets the next driver in."""
+        self.commit()
         self.db.close()
         if self._lock is not None:
             os.close(self._lock)
@@ -88,21 +92,32 @@ class Ledger:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
+    def write(self, statement: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
+        """Part of the transaction that the next `commit` ends."""
+        if not self.db.in_transaction:
+            self.db.execute("BEGIN IMMEDIATE")
+        return self.db.execute(statement, values)
+
+    def commit(self) -> None:
+        """Puts on the disk, at once and whole, what was written since the last time."""
+        if self.db.in_transaction:
+            self.db.execute("COMMIT")
+
     def start_run(
         self, sweep: str, name: str, command: str, about: dict[str, Any], unique: int, separate: int, cached: int
     ) -> int:
         """Records that a driver took up a sweep; attempts of dead drivers become `lost`."""
-        self.db.execute(
+        self.write(
             "UPDATE attempt SET status = 'lost', failure = 'lost_driver', finished = ? WHERE status = 'running'", (now(),)
         )
-        self.db.execute("UPDATE run SET status = 'interrupted' WHERE status = 'running'")
-        self.db.execute("UPDATE trial SET status = 'pending' WHERE status = 'running'")
-        self.db.execute(
+        self.write("UPDATE run SET status = 'interrupted' WHERE status = 'running'")
+        self.write("UPDATE trial SET status = 'pending' WHERE status = 'running'")
+        self.write(
             "INSERT INTO sweep VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (id) DO UPDATE SET command = excluded.command, about = excluded.about",
             (sweep, name, command, now(), json.dumps(about)),
         )
-        cursor = self.db.execute(
+        cursor = self.write(
             "INSERT INTO run (sweep, started, status, pid, total_if_separate, unique_tasks, cached) "
             "VALUES (?, ?, 'running', ?, ?, ?, ?)",
             (sweep, now(), os.getpid(), separate, unique, cached),
@@ -110,10 +125,10 @@ class Ledger:
         return int(cursor.lastrowid or 0)
 
     def end_run(self, run: int, status: str) -> None:
-        self.db.execute("UPDATE run SET status = ?, finished = ? WHERE id = ?", (status, now(), run))
+        self.write("UPDATE run SET status = ?, finished = ? WHERE id = ?", (status, now(), run))
 
     def put_trial(self, sweep: str, position: int, trial: dict[str, Any]) -> None:
-        self.db.execute(
+        self.write(
             "INSERT INTO trial VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
             "ON CONFLICT (sweep, name) DO UPDATE SET position = excluded.position, overrides = excluded.overrides, "
             "config = excluded.config, goals = excluded.goals, status = excluded.status, failure = excluded.failure",
@@ -132,12 +147,15 @@ class Ledger:
         )
 
     def set_trial(self, sweep: str, name: str, status: str, failure: dict[str, Any] | None = None) -> None:
-        self.db.execute(
+        self.write(
             "UPDATE trial SET status = ?, failure = ? WHERE sweep = ? AND name = ?", (status, json.dumps(failure), sweep, name)
         )
 
+    def set_goals(self, sweep: str, name: str, goals: dict[str, Any]) -> None:
+        self.write("UPDATE trial SET goals = ? WHERE sweep = ? AND name = ?", (json.dumps(goals), sweep, name))
+
     def put_task(self, fingerprint: str, kind: str, label: str, record: dict[str, Any], status: str) -> None:
-        self.db.execute(
+        self.write(
             "INSERT INTO task (fingerprint, type, label, record, status) VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (fingerprint) DO UPDATE SET status = excluded.status",
             (fingerprint, kind, label, json.dumps(record), status),
@@ -145,43 +163,41 @@ class Ledger:
 
     def start_attempt(self, fingerprint: str, run: int) -> int:
         number = self.rows("SELECT COUNT(*) FROM attempt WHERE fingerprint = ?", fingerprint)[0][0] + 1
-        cursor = self.db.execute(
+        cursor = self.write(
             "INSERT INTO attempt (fingerprint, run, number, started, status) VALUES (?, ?, ?, ?, 'running')",
             (fingerprint, run, number, now()),
         )
-        self.db.execute("UPDATE task SET status = 'running' WHERE fingerprint = ?", (fingerprint,))
+        self.write("UPDATE task SET status = 'running' WHERE fingerprint = ?", (fingerprint,))
         return int(cursor.lastrowid or 0)
 
     def end_attempt(self, attempt: int, run: int, reply: dict[str, Any]) -> None:
         """Writes one attempt's outcome and, if it went well, the task's result."""
         ok = reply["ok"]
-        with self.db:  # one transaction
-            self.db.execute("BEGIN")
-            self.db.execute(
-                "UPDATE attempt SET finished = ?, status = ?, failure = ?, message = ?, cost = ? WHERE id = ?",
-                (
-                    now(),
-                    "done" if ok else "failed",
-                    reply.get("failure"),
-                    reply.get("message"),
-                    json.dumps(reply.get("cost", {})),
-                    attempt,
-                ),
-            )
-            if ok:
-                self.put_result(reply["fingerprint"], reply["digest"], reply["result"], reply["cost"])
-                self.db.execute("UPDATE run SET executed = executed + 1 WHERE id = ?", (run,))
-            else:
-                self.db.execute("UPDATE task SET status = 'failed' WHERE fingerprint = ?", (reply["fingerprint"],))
+        self.write(
+            "UPDATE attempt SET finished = ?, status = ?, failure = ?, message = ?, cost = ? WHERE id = ?",
+            (
+                now(),
+                "done" if ok else "failed",
+                reply.get("failure"),
+                reply.get("message"),
+                json.dumps(reply.get("cost", {})),
+                attempt,
+            ),
+        )
+        if ok:
+            self.put_result(reply["fingerprint"], reply["digest"], reply["result"], reply["cost"])
+            self.write("UPDATE run SET executed = executed + 1 WHERE id = ?", (run,))
+        else:
+            self.write("UPDATE task SET status = 'failed' WHERE fingerprint = ?", (reply["fingerprint"],))
 
     def put_result(self, fingerprint: str, digest: str, result: Any, cost: dict[str, Any]) -> None:
-        self.db.execute(
+        self.write(
             "UPDATE task SET status = 'done', digest = ?, result = ?, cost = ?, finished = ? WHERE fingerprint = ?",
             (digest, json.dumps(result), json.dumps(cost), now(), fingerprint),
         )
 
     def set_tracked(self, sweep: str, digest: str) -> None:
-        self.db.execute("INSERT OR REPLACE INTO tracked VALUES (?, ?)", (sweep, digest))
+        self.write("INSERT OR REPLACE INTO tracked VALUES (?, ?)", (sweep, digest))
 
     # -- reading -------------------------------------------------------------------------------------------------
 
@@ -221,6 +237,10 @@ class Ledger:
     def tracked(self, sweep: str) -> str | None:
         row = self.rows("SELECT digest FROM tracked WHERE sweep = ?", sweep)
         return row[0][0] if row else None
+
+    def post(self, sweep: str, uid: str, kind: str, body: dict[str, Any] | None) -> None:
+        """Leaves a note for the tracker (see `outbox`); it takes it away when MLflow has it."""
+        self.write("INSERT INTO outbox (sweep, uid, kind, body) VALUES (?, ?, ?, ?)", (sweep, uid, kind, json.dumps(body)))
 
 
 def now() -> float:

@@ -5,17 +5,29 @@ do, and finds them there if another trial has already asked for the same. A tria
 
     import_model -> [tokens -> calibrate] -> compress | [tokens ->] train -> ... -> export -> evaluate, speed
                                                                        \\-> score (in memory) --^
+
+A stage of kind allocate is a search over levels, each of which is an ordinary compress task that plain trials share:
+
+    compress (one per level) -> levels -> allocate -> assemble
+
+A stage of kind merge takes trials in place of one model. Which ones is a query, answered when every candidate has been
+scored on the selection split: until then the trial is *late*. Its tasks stand in the plan as if all candidates were
+chosen, and `Plan.resolve` puts the true ones in their place.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 from pare.methods.anatomy.describe import UnknownModel, family_of
 from pare.methods.contract import METHODS, LayerMethod, Method, SettingsError
+from pare.methods.ops.statistics import Gram
 from pare.orchestrator import hardware
 from pare.orchestrator.config import Experiment, Stage, Trial
 from pare.orchestrator.errors import ConfigError
@@ -39,6 +51,8 @@ class Task:
     """The fingerprint's pre-image."""
     trials: list[str] = field(default_factory=list)
     """Names of the trials that need it, in the order of the sweep."""
+    late: bool = False
+    """Whether it only stands for what a query will choose."""
 
 
 @dataclass
@@ -52,6 +66,26 @@ class Goals:
     speed: str | None
     tasks: list[str] = field(default_factory=list)
     """Fingerprints of all its tasks, producers first."""
+    members: list[str] = field(default_factory=list)
+    """Names of the trials that were merged into this one."""
+
+    @property
+    def ends(self) -> list[str]:
+        """Tasks without which the trial is not done."""
+        return [self.export, self.evaluate]
+
+
+@dataclass
+class Late:
+    """A trial that waits for the answer to a query."""
+
+    trial: Trial
+    candidates: dict[str, str]
+    """Trial -> the task that scores what it made on the selection split."""
+
+
+Members = list[tuple[str, float | None]]
+"""Trials to be merged, best first, with their scores; None where a candidate only stands for what will be chosen."""
 
 
 @dataclass
@@ -61,6 +95,10 @@ class Plan:
     """Trial name -> its tasks; a skipped trial has none."""
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Fingerprint of an imported model -> what is known of it before it is loaded."""
+    late: dict[str, Late] = field(default_factory=dict)
+    """Trial name -> the query that it waits for."""
+    builder: Builder | None = None
+    """Adds the tasks of a late trial."""
 
     @property
     def total_if_separate(self) -> int:
@@ -73,13 +111,62 @@ class Plan:
         A task runs if its result is wanted and not in the store; an intermediate is wanted only by a task that runs.
         """
         wanted: set[str] = set()
-        waiting = [fp for goals in self.goals.values() for fp in (goals.export, goals.evaluate, goals.speed) if fp]
+        waiting = [fp for trial in self.goals for fp in self.wanted_of(trial)]
         while waiting:
             fingerprint = waiting.pop()
             if fingerprint not in wanted and not store.has(fingerprint):
                 wanted.add(fingerprint)
                 waiting += self.tasks[fingerprint].inputs.values()
         return [task for fp, task in self.tasks.items() if fp in wanted]
+
+    def wanted_of(self, trial: str) -> list[str]:
+        """The tasks that a trial is run for, as far as they are known: of a late one the scores of its candidates."""
+        if trial in self.late:
+            return list(self.late[trial].candidates.values())
+        goals = self.goals[trial]
+        return [*goals.ends, *([goals.speed] if goals.speed else [])]
+
+    def resolve(self, trial: str, results: Mapping[str, Mapping[str, Any] | None]) -> list[Task]:
+        """Answers a late trial's query and puts its true tasks in place of those that stood for them. Returns the new ones.
+
+        results: fingerprint of a candidate's score -> its result, None where the candidate failed.
+
+        Raises:
+            NoMembersError: no candidate is left.
+        """
+        late = self.late.pop(trial)
+        scored = {name: results[fp]["quality/ppl"] for name, fp in late.candidates.items() if results[fp] is not None}  # type: ignore[index]
+        query = late.trial.stages[0].members
+        members: Members = [*select(scored, query.top if query else None)]
+        kept = []
+        for fingerprint in self.goals[trial].tasks:
+            task = self.tasks[fingerprint]
+            if not task.late:
+                kept.append(fingerprint)
+                continue
+            task.trials.remove(trial)
+            if not task.trials:
+                del self.tasks[fingerprint]
+        self.goals[trial].tasks = kept
+        if not members:
+            raise NoMembersError(f"none of the trials to be merged has finished: {', '.join(late.candidates)}")
+        assert self.builder is not None
+        known = set(self.tasks)
+        self.builder.add_trial(late.trial, members, kept)
+        return [task for fp, task in self.tasks.items() if fp not in known]
+
+
+class NoMembersError(Exception):
+    """A query has no answer: every candidate failed or has no finite score."""
+
+
+def select(scored: Mapping[str, float], top: int | None) -> list[tuple[str, float]]:
+    """The query: (trial, mean loss in nats on the selection split) of the best, best first, ties by name.
+
+    scored: trial -> perplexity on the selection split.
+    """
+    finite = sorted((math.log(ppl), name) for name, ppl in scored.items() if math.isfinite(ppl) and ppl > 0)
+    return [(name, nll) for nll, name in finite[:top]]
 
 
 def build_plan(experiment: Experiment, device: str, threads: int) -> Plan:
@@ -89,18 +176,42 @@ def build_plan(experiment: Experiment, device: str, threads: int) -> Plan:
         ConfigError: a model or data set is missing, or a setting does not fit the model's shapes.
     """
     plan = Plan()
-    builder = Builder(plan, device, threads)
-    for trial in experiment.trials:
-        if not trial.skipped:
-            builder.add_trial(trial)
+    plan.builder = builder = Builder(plan, device, threads)
+    waiting = {trial.name: trial for trial in experiment.trials if not trial.skipped}
+    builder.order = list(waiting)
+    while waiting:
+        # A trial that merges others comes after them; their artifacts must be known.
+        ready = [t for t in waiting.values() if not any(name in waiting for name in candidates_of(t, waiting.values()))]
+        if not ready:
+            raise ConfigError(f"trials that merge each other: {', '.join(waiting)}")
+        for trial in ready:
+            del waiting[trial.name]
+            members = candidates_of(trial, [t for t in experiment.trials if not t.skipped])
+            if trial.stages and trial.stages[0].members and not members:
+                raise ConfigError(f"block {trial.block!r}: its members query finds no trial")
+            builder.add_trial(trial, [(name, None) for name in members] if members else None)
+    plan.goals = {name: plan.goals[name] for name in builder.order}
     return plan
 
 
+def candidates_of(trial: Trial, trials: Any) -> list[str]:
+    """Names of the trials that a merging trial's query asks about."""
+    query = trial.stages[0].members if trial.stages else None
+    if query is None:
+        return []
+    return [t.name for t in trials if t.name != trial.name and any(fnmatchcase(t.block, b) for b in query.blocks)]
+
+
 class Builder:
+    """Adds the tasks of one trial after another. What trials share, they share by holding the same config objects."""
+
     def __init__(self, plan: Plan, device: str, threads: int) -> None:
         self.plan, self.device, self.threads = plan, device, threads
+        self.order: list[str] = []
         self._trial = ""
-        self._own: list[str] = []
+        self._late = False
+        self._own: dict[str, None] = {}
+        self._plain: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._identities: dict[str, dict[str, Any]] = {}
 
     def add(
@@ -114,13 +225,23 @@ class Builder:
     ) -> str:
         record = task_record(kind, spec, inputs, self.device, also)
         fingerprint = digest(record)
-        if fingerprint not in self.plan.tasks:
-            self.plan.tasks[fingerprint] = Task(fingerprint, kind, label, spec, where or {}, inputs, record)
-        task = self.plan.tasks[fingerprint]
-        if self._trial not in task.trials:
+        task = self.plan.tasks.get(fingerprint)
+        if task is None:
+            task = self.plan.tasks[fingerprint] = Task(
+                fingerprint, kind, label, spec, where or {}, inputs, record, late=self._late
+            )
+        task.late = task.late and self._late
+        if fingerprint not in self._own:
             task.trials.append(self._trial)
-            self._own.append(fingerprint)
+            self._own[fingerprint] = None
         return fingerprint
+
+    def plain(self, config: Any) -> dict[str, Any]:
+        """A config object as plain JSON, worked out once for all trials that hold the same object."""
+        known = self._plain.get(id(config))
+        if known is None:
+            known = self._plain[id(config)] = (config, dataclasses.asdict(config))  # holding the object keeps its id its own
+        return known[1]
 
     def identify(self, resolve: Any, config: dict[str, Any]) -> dict[str, Any]:
         """`resolve(config)`, once per distinct config."""
@@ -132,12 +253,14 @@ class Builder:
                 raise ConfigError(str(e)) from e
         return self._identities[key]
 
-    def add_trial(self, trial: Trial) -> None:
-        self._trial, self._own = trial.name, []
-        model_config, data_config = dataclasses.asdict(trial.model), dataclasses.asdict(trial.data)
-        windows = dataclasses.asdict(trial.evaluation.windows)
-        questions = dataclasses.asdict(trial.evaluation.questions)
-        speed = dataclasses.asdict(trial.evaluation.speed)
+    def add_trial(self, trial: Trial, members: Members | None = None, own: list[str] | None = None) -> None:
+        """Adds a trial; one that merges others with its members, or with all candidates in their place.
+
+        own: tasks that are the trial's already.
+        """
+        self._trial, self._own, self._late = trial.name, dict.fromkeys(own or []), False
+        model_config, data_config = self.plain(trial.model), self.plain(trial.data)
+        evaluation = self.plain(trial.evaluation)
 
         model = self.add(
             "import_model",
@@ -157,67 +280,146 @@ class Builder:
             where=sources.locate_data(data_config),
         )
 
-        def tokens(role: str, size: dict[str, int]) -> str:
+        def tokens(role: str) -> str:
+            size = evaluation["windows"] if role == "test" else data_config[role]
             spec = {"role": role, **size, "seed": trial.data.seed}
             return self.add("tokens", f"{role} tokens", spec, {"model": model, "corpus": corpus})
 
-        test = tokens("test", windows)
-        teacher = self.add(
-            "score", "score base", {"dtype": trial.evaluation.dtype, "keep_hidden": True}, {"model": model, "tokens": test}
-        )
-        artifact = model
-        for stage in trial.stages:
-            artifact = self.add_stage(trial, stage, model, artifact, tokens)
-        score = teacher
+        def score(label: str, artifact: str, windows: str, teacher: str | None = None, keep_hidden: bool = False) -> str:
+            spec = {"dtype": trial.evaluation.dtype, "keep_hidden": keep_hidden}
+            return self.add(
+                "score", label, spec, {"model": artifact, "tokens": windows, **({"teacher": teacher} if teacher else {})}
+            )
+
+        test = tokens("test")
+        teacher = score("score base", model, test, keep_hidden=True)
+        artifact, stages = model, trial.stages
+        if members is not None:
+            selection = tokens("selection")
+            artifacts = {name: self.plan.goals[name].artifact for name, _ in members}
+            if any(nll is None for _, nll in members):
+                scores = {name: score(f"select by {name}", artifacts[name], selection) for name in artifacts}
+                self.plan.late[trial.name] = Late(trial, scores)
+                self._late = True
+            artifact = self.add_merge(trial, stages[0], model, selection, artifacts, members)
+            stages = stages[1:]
+        for stage in stages:
+            if METHODS[stage.method].kind == "allocate":
+                search = tokens("validation")
+                search_teacher = score("score base (search)", model, search, keep_hidden=True)
+                artifact = self.add_search(trial, stage, model, artifact, tokens, search, search_teacher)
+            else:
+                artifact = self.add_stage(trial, stage, model, artifact, tokens)
+        own_score = teacher
         if trial.stages:
-            spec = {"dtype": trial.evaluation.dtype, "keep_hidden": False}
-            score = self.add("score", f"score {trial.name}", spec, {"model": artifact, "tokens": test, "teacher": teacher})
+            own_score = score(f"score {trial.name}", artifact, test, teacher)
         export = self.add(
             "export", f"export {trial.name}", {"card": card(trial, self.plan.models[model]["license"])}, {"model": artifact}
         )
-        inputs = {"export": export, "tokens": test, "teacher": teacher, "score": score}
-        if questions["n"]:
-            inputs["questions"] = self.add("questions", "questions", {**questions, "seed": trial.data.seed}, {"corpus": corpus})
+        inputs = {"export": export, "tokens": test, "teacher": teacher, "score": own_score}
+        if evaluation["questions"]["n"]:
+            spec = {**evaluation["questions"], "seed": trial.data.seed}
+            inputs["questions"] = self.add("questions", "questions", spec, {"corpus": corpus})
         spec = {"dtype": trial.evaluation.dtype, "tolerance": trial.evaluation.tolerance, "task": trial.data.source}
         evaluate = self.add("evaluate", f"evaluate {trial.name}", spec, inputs)
         timing = None
-        if speed["repeats"]:
-            spec = {**speed, "threads": self.threads, "hardware": hardware.key(self.device)}
+        if evaluation["speed"]["repeats"]:
+            spec = {**evaluation["speed"], "threads": self.threads, "hardware": hardware.key(self.device)}
             timing = self.add("speed", f"speed {trial.name}", spec, {"export": export})
-        self.plan.goals[trial.name] = Goals(artifact, score, export, evaluate, timing, self._own)
+        chosen = [name for name, _ in members or []]
+        self.plan.goals[trial.name] = Goals(artifact, own_score, export, evaluate, timing, list(self._own), chosen)
 
-    def add_stage(self, trial: Trial, stage: Stage, model: str, artifact: str, tokens: Any) -> str:
+    def add_stage(self, trial: Trial, stage: Stage, model: str, artifact: str, tokens: Callable[[str], str]) -> str:
         """The tasks of one stage; returns the fingerprint of its artifact."""
         cls = METHODS[stage.method]
-        spec: dict[str, Any] = {"method": stage.method, "settings": settings_of(stage.settings)}
-        if cls.draws_random_numbers:
-            spec["seed"] = trial.seed
+        spec = self.spec_of(trial, stage)
         inputs = {"model": artifact}
-        also = (cls.__module__,)
         label = f"{stage.method} {trial.name}"
         self.check_shapes(stage, model)
         if isinstance(stage.settings, LayerMethod):
-            try:
-                family_of(self.plan.models[model]["architecture"])
-            except UnknownModel as e:
-                raise ConfigError(f"block {self._trial!r}: {stage.method} works on input groups, and {e}") from e
+            self.need_anatomy(stage, model)
             if cls.needs:
-                calibration = tokens("calibration", dataclasses.asdict(trial.data.calibration))
                 spec["dtype"] = trial.dtype
                 if getattr(stage.settings, "inputs", "dense") == "dense":
-                    statistics = [{"module": s.__module__, "class": s.__qualname__} for s in cls.needs]
-                    inputs["statistics"] = self.add(
-                        "calibrate",
-                        "calibrate " + ", ".join(s.name for s in cls.needs),
-                        {"statistics": statistics, "dtype": trial.dtype},
-                        {"model": artifact, "tokens": calibration},
-                        tuple(s.__module__ for s in cls.needs),
-                    )
+                    inputs["statistics"] = self.statistics(trial, artifact, cls.needs, tokens)
                 else:
-                    inputs["tokens"] = calibration
-            return self.add("compress", label, spec, inputs, also)
-        inputs["tokens"] = tokens("train", dataclasses.asdict(trial.data.train))
-        return self.add("train", label, {**spec, "dtype": trial.dtype}, inputs, also)
+                    inputs["tokens"] = tokens("calibration")
+            return self.add("compress", label, spec, inputs, (cls.__module__,))
+        inputs["tokens"] = tokens("train")
+        return self.add("train", label, {**spec, "dtype": trial.dtype}, inputs, (cls.__module__,))
+
+    def add_merge(
+        self, trial: Trial, stage: Stage, model: str, selection: str, artifacts: dict[str, str], members: Members
+    ) -> str:
+        """The merge of the members, best first."""
+        inputs = {f"member.{i:03d}": artifacts[name] for i, (name, _) in enumerate(members)}
+        spec = {
+            **self.spec_of(trial, stage),
+            "dtype": trial.evaluation.dtype,
+            "members": [{"name": name, "score": nll} for name, nll in members],
+        }
+        return self.add(
+            "merge",
+            f"{stage.method} {trial.name}",
+            spec,
+            {"model": model, "tokens": selection, **inputs},
+            (METHODS[stage.method].__module__,),
+        )
+
+    def add_search(
+        self, trial: Trial, stage: Stage, model: str, artifact: str, tokens: Callable[[str], str], search: str, teacher: str
+    ) -> str:
+        """Levels, the search over them, and the model that its answer means."""
+        builder = stage.levels
+        assert builder is not None
+        (setting, values), *_ = stage.vary.items()
+        levels = {}
+        for value in values:
+            settings = dataclasses.replace(builder.settings, **{setting: value})  # type: ignore[type-var]
+            one = Stage(f"{stage.name}.levels", builder.method, settings)
+            levels[f"level.{value}"] = self.add_stage(
+                dataclasses.replace(trial, name=f"{setting}={value}"), one, model, artifact, tokens
+            )
+        needs = METHODS[builder.method].needs or (Gram,)
+        statistics = self.statistics(trial, artifact, needs, tokens)
+        table = self.add(
+            "levels",
+            f"levels {trial.name}",
+            {"vary": setting, "values": values},
+            {"model": artifact, "statistics": statistics, **levels},
+        )
+        cls = METHODS[stage.method]
+        spec = {**self.spec_of(trial, stage), "dtype": trial.evaluation.dtype, "values": values}
+        inputs = {"model": artifact, "levels": table, "tokens": search, "teacher": teacher, **levels}
+        allocation = self.add("allocate", f"{stage.method} {trial.name}", spec, inputs, (cls.__module__,))
+        return self.add(
+            "assemble",
+            f"assemble {trial.name}",
+            {"values": values},
+            {"model": artifact, "allocation": allocation, **levels},
+        )
+
+    def spec_of(self, trial: Trial, stage: Stage) -> dict[str, Any]:
+        cls = METHODS[stage.method]
+        spec: dict[str, Any] = {"method": stage.method, "settings": settings_of(stage.settings)}
+        return {**spec, "seed": trial.seed} if cls.draws_random_numbers else spec
+
+    def statistics(self, trial: Trial, artifact: str, needs: Any, tokens: Callable[[str], str]) -> str:
+        """The task that collects statistics over the inputs of a model's linears."""
+        statistics = [{"module": s.__module__, "class": s.__qualname__} for s in needs]
+        return self.add(
+            "calibrate",
+            "calibrate " + ", ".join(s.name for s in needs),
+            {"statistics": statistics, "dtype": trial.dtype},
+            {"model": artifact, "tokens": tokens("calibration")},
+            tuple(s.__module__ for s in needs),
+        )
+
+    def need_anatomy(self, stage: Stage, model: str) -> None:
+        try:
+            family_of(self.plan.models[model]["architecture"])
+        except UnknownModel as e:
+            raise ConfigError(f"block {self._trial!r}: {stage.method} works on input groups, and {e}") from e
 
     def check_shapes(self, stage: Stage, model: str) -> None:
         try:
@@ -236,15 +438,19 @@ def settings_of(settings: Method) -> dict[str, Any]:
 def card(trial: Trial, licence: str) -> dict[str, Any]:
     """What the model card of an export says of how it was made. It enters the fingerprint of the export, so it is drawn from
     the settings themselves and not from how they were typed."""
-    settings = {stage.name: {"method": stage.method, **settings_of(stage.settings)} for stage in trial.stages}
+    stages = {name: stage for stage in trial.stages for name, stage in described(stage).items()}
+    settings = {
+        name: {"method": stage.method, **settings_of(stage.settings), **({"vary": stage.vary} if stage.vary else {})}
+        for name, stage in stages.items()
+    }
     choices = [
-        f"recipe.{stage.name}.{f.name}={getattr(stage.settings, f.name)}"
-        for stage in trial.stages
+        f"recipe.{name}.{f.name}={getattr(stage.settings, f.name)}"
+        for name, stage in stages.items()
         for f in dataclasses.fields(stage.settings)  # type: ignore[arg-type]
         if getattr(stage.settings, f.name) != default_of(f)
     ]
     drawn = trial.seed if any(stage.settings.draws_random_numbers for stage in trial.stages) else None
-    needed = any(stage.settings.needs for stage in trial.stages)
+    needed = any(stage.settings.needs for stage in stages.values())
     start = ["pare run", f"model={trial.model.source}", f"data={trial.data.source}", f"recipe={trial.recipe}"]
     return {
         "recipe": trial.recipe,
@@ -256,6 +462,11 @@ def card(trial: Trial, licence: str) -> dict[str, Any]:
         "seed": drawn,
         "command": " ".join([*start, *choices, *([f"seed={drawn}"] if drawn else [])]),
     }
+
+
+def described(stage: Stage) -> dict[str, Stage]:
+    """The stage, and the one that builds its levels, by their names in the recipe."""
+    return {stage.name: stage, **({f"{stage.name}.levels": stage.levels} if stage.levels else {})}
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:

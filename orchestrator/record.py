@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import datetime
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,23 @@ SCHEMA_VERSION = 1
 
 def build_record(ledger: Ledger, store: Store, sweep_id: str) -> dict[str, Any]:
     """The record of a sweep as it stands now."""
+    record = record_head(ledger, sweep_id)
+    rows = ledger.trials(record["sweep"])
+    goals = {row["name"]: json.loads(row["goals"]) for row in rows}
+    users = task_users(goals.values())
+    tasks = ledger.tasks(sorted(users))
+    record["saving"] = saving(tasks, users)
+    record["trials"] = [trial_record(row, goals[row["name"]], tasks, users, store) for row in rows]
+    mark_front(record)
+    return record
+
+
+def record_head(ledger: Ledger, sweep_id: str) -> dict[str, Any]:
+    """The record of a sweep without its trials and what they share."""
     sweep = ledger.find_sweep(sweep_id)
     run = ledger.last_run(sweep["id"])
-    rows = ledger.trials(sweep["id"])
-    goals = {row["name"]: json.loads(row["goals"]) for row in rows}
-    tasks = ledger.tasks(sorted({fp for g in goals.values() if g for fp in g["tasks"]}))
-    users: dict[str, int] = {}
-    for g in goals.values():
-        for fp in g["tasks"] if g else []:
-            users[fp] = users.get(fp, 0) + 1
     finished = run["finished"]
-    record = {
+    return {
         "schema_version": SCHEMA_VERSION,
         "sweep": sweep["id"],
         "name": sweep["name"],
@@ -45,11 +53,31 @@ def build_record(ledger: Ledger, store: Store, sweep_id: str) -> dict[str, Any]:
             "executed": run["executed"],
             "cached": run["cached"],
         },
-        "saving": saving(tasks, users),
-        "trials": [trial_record(row, goals[row["name"]], tasks, users, store) for row in rows],
+        "saving": saving({}, {}),
+        "trials": [],
     }
-    mark_front(record)
-    return record
+
+
+def one_trial(ledger: Ledger, store: Store, sweep_id: str, name: str, users: dict[str, int]) -> dict[str, Any]:
+    """One entry of `trials` without reading the others.
+
+    users: what `task_users` counts over the whole sweep; counted, or counted anew, where it lacks a task of the trial.
+    """
+    (row,) = ledger.rows("SELECT * FROM trial WHERE sweep = ? AND name = ?", sweep_id, name)
+    goals = json.loads(row["goals"])
+    if goals and not users.keys() >= set(goals["tasks"]):
+        users.update(task_users(json.loads(other["goals"]) for other in ledger.trials(sweep_id)))
+    return trial_record(row, goals, ledger.tasks(goals["tasks"]) if goals else {}, users, store)
+
+
+def trial_uid(sweep_id: str, name: str) -> str:
+    """Names a trial's run in MLflow: the same for the same request, wherever it runs."""
+    return digest([sweep_id, name])[:16]
+
+
+def task_users(goals: Iterable[dict[str, Any] | None]) -> dict[str, int]:
+    """Fingerprint -> number of trials whose result needs the task."""
+    return dict(Counter(fp for g in goals if g for fp in g["tasks"]))
 
 
 def trial_record(
@@ -83,7 +111,7 @@ def trial_record(
     export = results.get(goals["export"], {}) if goals else {}
     return {
         "trial": row["name"],
-        "uid": digest([row["sweep"], row["name"]])[:16],
+        "uid": trial_uid(row["sweep"], row["name"]),
         "block": row["block"],
         "recipe": row["recipe"],
         "overrides": json.loads(row["overrides"]),

@@ -6,6 +6,7 @@ value is refused before anything starts.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,8 @@ class Model:
         need(self.dtype in DTYPES, "model.dtype", self.dtype, "one of " + ", ".join(DTYPES), "model.dtype=bfloat16")
         if self.source == "hf":
             need(bool(self.path or self.name), "model.path or model.name", None, "given for model=hf", "model.path=DIRECTORY")
+        hub = self.source == "hf" and self.path is None
+        need(self.revision is None or hub, "model.revision", self.revision, "null unless model.name is a name of the hub")
 
 
 @dataclass
@@ -42,10 +45,19 @@ class Windows:
     length: int = 512
 
 
+def check_windows(key: str, windows: Windows) -> None:
+    need(windows.sequences >= 1, f"{key}.sequences", windows.sequences, ">= 1")
+    need(windows.length >= 8, f"{key}.length", windows.length, ">= 8")
+
+
 @dataclass
 class Data:
     source: str = "pydoc"
     name: str | None = None
+    config: str | None = None
+    """Which configuration of a data set that has several."""
+    revision: str | None = None
+    """Commit, tag or branch of a data set of the hub."""
     path: str | None = None
     column: str = "text"
     fractions: dict[str, float] = field(
@@ -54,6 +66,10 @@ class Data:
     seed: int = 0
     calibration: Windows = field(default_factory=Windows)
     train: Windows = field(default_factory=Windows)
+    selection: Windows = field(default_factory=Windows)
+    """What merges choose their members by."""
+    validation: Windows = field(default_factory=Windows)
+    """What searches measure their candidates on."""
 
     def __post_init__(self) -> None:
         need(self.source in ("pydoc", "text", "hf"), "data.source", self.source, "pydoc, text or hf", "data=pydoc")
@@ -61,11 +77,13 @@ class Data:
              "a share for each of train, validation, selection, test")  # fmt: skip
         need(all(f > 0 for f in self.fractions.values()) and abs(sum(self.fractions.values()) - 1) < 1e-6, "data.fractions",
              self.fractions, "positive and sum to 1")  # fmt: skip
-        for role, windows in (("calibration", self.calibration), ("train", self.train)):
-            need(windows.sequences >= 1, f"data.{role}.sequences", windows.sequences, ">= 1")
-            need(windows.length >= 8, f"data.{role}.length", windows.length, ">= 8")
+        for role in ("calibration", "train", "selection", "validation"):
+            check_windows(f"data.{role}", getattr(self, role))
         if self.source == "text":
             need(bool(self.path), "data.path", self.path, "the path of a text file for data=text", "data.path=FILE")
+        hub = self.source == "hf" and self.path is None
+        need(self.revision is None or hub, "data.revision", self.revision, "null unless data.name is a name of the hub")
+        need(self.config is None or self.source == "hf", "data.config", self.config, "null unless data=hf", "data=hf")
 
 
 @dataclass
@@ -91,8 +109,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         need(self.dtype in DTYPES, "evaluation.dtype", self.dtype, "one of " + ", ".join(DTYPES), "evaluation.dtype=float32")
-        need(self.windows.sequences >= 1, "evaluation.windows.sequences", self.windows.sequences, ">= 1")
-        need(self.windows.length >= 8, "evaluation.windows.length", self.windows.length, ">= 8")
+        check_windows("evaluation.windows", self.windows)
         need(self.tolerance > 0, "evaluation.tolerance", self.tolerance, "> 0", "evaluation.tolerance=0.005")
         need(self.questions.n >= 0, "evaluation.questions.n", self.questions.n, ">= 0 (0 leaves the questions out)")
         need(2 <= self.questions.choices <= 8, "evaluation.questions.choices", self.questions.choices, "in [2, 8]")
@@ -101,22 +118,84 @@ class Evaluation:
         need(self.speed.new_tokens >= 2, "evaluation.speed.new_tokens", self.speed.new_tokens, ">= 2")
 
 
+ADDRESS = re.compile(r"local|auto|(ray://)?[^\s:/]+:\d{1,5}")
+
+
 @dataclass
 class Cluster:
     address: str = "local"
+    """`local`: a Ray of its own on this machine; `auto`: the Ray that runs here; else HOST:PORT or ray://HOST:PORT."""
     slots: int | None = None
     device: str = "auto"
+    gpus: list[int] | None = None
+    """Which GPUs of this machine, by their numbers in `nvidia-smi`; None takes all that are visible."""
+    gpu_memory_gb: float | None = None
     memory_gb: float | None = None
     disk_gb: float | None = None
     keep_going: bool = True
+    pending_s: float = 600.0
+    """A task that no node has room for is given up after so many seconds."""
+    stall_s: float = 1800.0
+    """A task that reports no progress for so many seconds is stopped and counts as failed."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Only nodes of the cluster that carry these labels."""
 
     def __post_init__(self) -> None:
-        need(self.address == "local", "cluster.address", self.address, "local (submission to clusters is not built yet)")
+        need(bool(ADDRESS.fullmatch(self.address)), "cluster.address", self.address, "local, auto, HOST:PORT or ray://HOST:PORT",
+             "cluster.address=auto")  # fmt: skip
         need(self.slots is None or self.slots >= 1, "cluster.slots", self.slots, ">= 1")
         need(self.device in ("auto", "cpu", "cuda"), "cluster.device", self.device, "auto, cpu or cuda", "cluster.device=auto")
-        for key in ("memory_gb", "disk_gb"):
+        if self.gpus is not None:
+            fits = len(set(self.gpus)) == len(self.gpus) > 0 and min(self.gpus) >= 0
+            need(fits, "cluster.gpus", self.gpus, "one or more different numbers >= 0", "cluster.gpus=[0]")
+            need(self.device != "cpu", "cluster.gpus", self.gpus, "null with cluster.device=cpu", "cluster.device=cuda")
+        for key in ("gpu_memory_gb", "memory_gb", "disk_gb", "pending_s", "stall_s"):
             value = getattr(self, key)
             need(value is None or value > 0, f"cluster.{key}", value, "> 0")
+
+
+@dataclass
+class StoreOptions:
+    url: str | None = None
+    """A directory or an fsspec URL (s3://BUCKET/PREFIX); None: PARE_HOME/store."""
+    keep: str = "all"
+    """Whose files outlive the sweep: `all`, those of trials on the `pareto` front, or `exports` alone."""
+    limit_gb: float | None = None
+
+    def __post_init__(self) -> None:
+        need(
+            self.url is None or bool(self.url.strip()),
+            "store.url",
+            self.url,
+            "a directory or a URL",
+            "store.url=s3://BUCKET/PREFIX",
+        )
+        need(self.keep in ("all", "pareto", "exports"), "store.keep", self.keep, "all, pareto or exports", "store.keep=exports")
+        need(self.limit_gb is None or self.limit_gb > 0, "store.limit_gb", self.limit_gb, "> 0")
+
+
+@dataclass
+class Budget:
+    """What a sweep may spend; it stops cleanly where one of them is reached. None: without end."""
+
+    gpu_hours: float | None = None
+    wall_s: float | None = None
+    trials: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("gpu_hours", "wall_s", "trials"):
+            value = getattr(self, key)
+            need(value is None or value > 0, f"budget.{key}", value, "> 0 (null: no limit)", f"budget.{key}=null")
+
+
+@dataclass
+class Query:
+    """Which trials of the sweep a merge takes."""
+
+    blocks: list[str] = field(default_factory=list)
+    """Names of blocks; `*` and `?` as in file names."""
+    top: int | None = None
+    """How many of the best by the selection split; None takes all."""
 
 
 @dataclass
@@ -140,9 +219,19 @@ GROUPS: dict[str, type] = {
     "evaluation": Evaluation,
     "cluster": Cluster,
     "tracking": Tracking,
+    "store": StoreOptions,
+    "budget": Budget,
     "sweep": SweepOptions,
 }
 """Top-level key -> its shape."""
 
-PLAIN = ("name", "seed", "dtype", "blocks", "plugins", "recipe", "experiment")
-"""Top-level keys without a shape of their own."""
+PLAIN: dict[str, Any] = {
+    "name": None,
+    "seed": 0,
+    "dtype": "float32",
+    "blocks": {},
+    "plugins": [],
+    "recipe": None,
+    "experiment": None,
+}
+"""Top-level keys without a shape of their own -> their defaults."""

@@ -13,8 +13,10 @@ import math
 import os
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,14 +32,25 @@ if TYPE_CHECKING:
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-    # Seven retries with growing pauses would hold the sweep up for minutes when a server is away.
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
 """Set before MLflow is imported, unless the user has set it."""
 
+FORCED = {
+    # MLflow would send a request again whose reply was lost, and of a `create_run` that makes a second run.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    # MLflow would print the address of each run that ends, password and all, among the results on stdout.
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+"""Set whatever the user says."""
+
+SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 """Makes MLflow's pages open on runs and metrics; else they guess, and ask."""
+
+DATABASE = "mlflow.db"
+"""Beside the artifacts, unless the user names another store."""
 
 MAX_PARAM, MAX_TAG, MAX_KEY = 6000, 8000, 250
 """Characters that MLflow stores; what is longer is cut there without a word, so it is shortened here with one."""
@@ -49,15 +62,42 @@ PARTS_OF_A_MODEL = ("import_model", "train", "compress", "merge")
 """Types of task whose artifacts are ancestors of an export."""
 
 
+AWAY = {"INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED", "IO_ERROR"}
+AWAY |= {"UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED", "PERMISSION_DENIED"}
+"""Codes of MLflow's errors that would meet every other run as well."""
+
+ROWS = 100
+"""Metrics, params or tags that MLflow takes in one request, in which it writes the tags last."""
+
+
 class TrackingError(Exception):
-    """MLflow could not be reached or written. The sweep goes on; the record can be written again later."""
+    """MLflow could not be reached or written. The sweep goes on; the record can be written again later.
+
+    only_this: the store answered, and it is this one run that it refused.
+    """
+
+    def __init__(self, message: str, only_this: bool = False) -> None:
+        super().__init__(message)
+        self.only_this = only_this
+
+
+@dataclass
+class Known:
+    """What is remembered of a run, so that nothing need be asked of one that is up to date."""
+
+    id: str
+    start: int
+    """Milliseconds since 1970; the time of all its metrics."""
+    digest: str
+    """Of what was last written whole; empty while it is being written."""
+    status: str
 
 
 def resolve_uri(uri: str, artifact_root: Path) -> str:
     """ "auto" means MLFLOW_TRACKING_URI where the user has set it, else an SQLite file beside the artifacts."""
     if uri != "auto":
         return uri
-    beside = artifact_root.absolute().parent / "mlflow.db"
+    beside = artifact_root.absolute().parent / DATABASE
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{quote(str(beside), safe='/ :')}"
 
 
@@ -67,12 +107,16 @@ def database_of(uri: str) -> Path | None:
 
 
 def redacted(string: str) -> str:
-    """The text without the user and password of any address in it."""
-    return re.sub(r"://[^/@\s]*@", "://…@", string)
+    """The text without the user and password of any address in it, nor those that MLflow takes from the environment."""
+    for name in SECRETS:
+        if secret := os.environ.get(name):
+            string = string.replace(secret, "…")
+    string = re.sub(r"\b(Basic|Bearer) +[\w.~+/=-]+", r"\1 …", string)
+    return re.sub(r"://[^/\s]*@", "://…@", string)
 
 
 class MlflowTracker:
-    """Writes records to one experiment of one MLflow store."""
+    """Writes records to one experiment of one MLflow store, whole or trial by trial. For one thread."""
 
     def __init__(self, uri: str, artifact_root: Path | str, experiment: str) -> None:
         self.artifact_root = Path(artifact_root).absolute()
@@ -80,31 +124,90 @@ class MlflowTracker:
         self.experiment = experiment
         self._client: MlflowClient | None = None
         self._experiment_id = ""
+        self._runs: dict[str, dict[str, Known]] = {}  # sweep -> uid of the trial, or "" for the sweep itself -> its run
+        self._doubtful: set[tuple[str, str]] = set()  # (sweep, uid) of writes that failed: look for the run before the next
+        self._shaken: set[str] = set()  # sweeps with such a write: a request given up may still make a second run, later
 
-    def sync(self, record: Record, report_dir: Path | None = None) -> None:
+    def sync(self, record: Record, report_dir: Path | None = None, wrote: Callable[[], None] = lambda: None) -> None:
         """Makes MLflow say what the record says, and attaches the files of `report_dir` to the sweep's run.
 
-        To be called as often as one likes, with a sweep that is still running or one that has ended.
+        To be called as often as one likes, with a sweep that is still running or one that has ended. Calls `wrote` after
+        each run. A trial that MLflow refuses does not keep it from the others; it is complained of at the end.
         """
-        with self._complaints():
-            client = self._connect()
-            runs = self._runs(client, record["sweep"])
-            parent = self._write(client, runs.get(""), sweep_run(record, report_dir), parent_id=None)
-            for trial in record["trials"]:
-                if trial["status"] != "pending":
-                    self._write(client, runs.get(trial["uid"]), trial_run(record, trial), parent_id=parent)
+        sweep = record["sweep"]
+        if sweep in self._shaken:
+            self._runs.pop(sweep, None)
+        self.write_sweep(record, report_dir)
+        wrote()
+        refused = None
+        for trial in record["trials"]:
+            try:
+                self.write_trial(record, trial)
+            except TrackingError as error:
+                if not error.only_this:
+                    raise
+                refused = refused or error
+            wrote()
+        if refused:
+            raise refused
+
+    def write_sweep(self, record: Record, report_dir: Path | None = None) -> str:
+        """Brings the sweep's own run up to date; of a record without trials only that it runs or ran. Returns its id."""
+        with self._complaints(record["sweep"], ""):
+            return self._write(record["sweep"], "", sweep_run(record, report_dir))
+
+    def write_trial(self, record: Record, trial: Trial) -> None:
+        """Brings one trial's run up to date, its parent's first. Of `record`, only what stands beside `trials` is read.
+
+        A trial that waits has no run. Where the sweep has ended, one that says that it runs was killed.
+        """
+        sweep, uid = record["sweep"], trial["uid"]
+        with self._complaints(sweep, uid):
+            known = self._find(sweep, uid)
+            if trial["status"] in ("pending", "running") and record["about"]["status"] != "running":
+                if known is None or known.status != "RUNNING":
+                    return
+                trial = {**trial, "status": "interrupted"}
+            elif trial["status"] == "pending":
+                return
+            parent = self._find(sweep, "")
+            parent_id = parent.id if parent else self.write_sweep(record)
+            self._write(sweep, uid, trial_run(record, trial) | {"parent": parent_id})
+
+    def write_points(self, sweep: str, uid: str, points: Iterable[tuple[str, int, float]]) -> bool:
+        """Adds (name, step, value) to the curves of a trial's run; False if there is no run yet.
+
+        The same point written twice, live and at the end from the artifact, is one row, for its time is the run's start.
+        """
+        from mlflow.entities import Metric
+
+        with self._complaints(sweep, uid):
+            known = self._find(sweep, uid)
+            if known is None:
+                return False
+            rows = [Metric(clean_key(name), stored(value), known.start, int(step)) for name, step, value in points]
+            self._connect().log_batch(known.id, rows, synchronous=True)
+            return True
 
     @contextmanager
-    def _complaints(self) -> Iterator[None]:
+    def _complaints(self, sweep: str, uid: str) -> Iterator[None]:
+        """What was written to the run stands in doubt after an error; it is looked up again before the next try."""
         try:
             yield
         except TrackingError:
             raise
         except Exception as error:  # MLflow lets errors of SQLAlchemy, requests and the file system through
+            self._runs.get(sweep, {}).pop(uid, None)
+            self._doubtful.add((sweep, uid))
+            self._shaken.add(sweep)
             reason = (str(error).strip().splitlines() or [""])[0]
+            # An artifact store that answers, if with a refusal, has a response; one that is away has none.
+            away = isinstance(error, OSError | sqlite3.Error) and getattr(error, "response", None) is None
+            away = away or getattr(error, "error_code", "") in AWAY
             raise TrackingError(
                 f"MLflow at {redacted(self.uri)} could not be written: {type(error).__name__}: {redacted(reason)}. The results "
-                "are safe without it; the same command brings MLflow up to date once that is mended."
+                "are safe without it; `pare sync` brings MLflow up to date once that is mended.",
+                only_this=not away,
             ) from error
 
     def _connect(self) -> MlflowClient:
@@ -116,81 +219,126 @@ class MlflowTracker:
 
     def _find_experiment(self, client: MlflowClient) -> str:
         found = client.get_experiment_by_name(self.experiment)
+        database = database_of(self.uri)
         if found is None:
-            if database_of(self.uri) is None:
+            if database is None:
                 return str(client.create_experiment(self.experiment, tags=EXPERIMENT_TAGS))
+            if database == self.artifact_root.parent / DATABASE:
+                # MLflow makes ten commits a trial; this halves their time, and the pages can be read meanwhile. Only of
+                # Pare's own file, for one that hosts share over a network does not bear it.
+                with closing(sqlite3.connect(database, timeout=20)) as connection:
+                    connection.execute("PRAGMA journal_mode=WAL")
             self.artifact_root.mkdir(parents=True, exist_ok=True)
             return str(client.create_experiment(self.experiment, self.artifact_root.as_uri(), tags=EXPERIMENT_TAGS))
         if found.lifecycle_stage != "active":
             client.restore_experiment(found.experiment_id)
-        if database_of(self.uri) is not None and found.artifact_location != self.artifact_root.as_uri():
+        if database is not None and found.artifact_location != self.artifact_root.as_uri():
             raise TrackingError(
                 f"experiment {self.experiment!r} in {self.uri} keeps its files in {found.artifact_location}, not in "
                 f"{self.artifact_root.as_uri()}: was the directory moved? Move it back, or delete the database file; the next "
-                "`pare run` of an experiment writes it anew."
+                "`pare sync` writes it anew."
             )
         return str(found.experiment_id)
 
-    def _runs(self, client: MlflowClient, sweep: str) -> dict[str, Run]:
-        """uid of the trial, or "" for the sweep itself -> its run; of runs with the same tags the oldest."""
-        runs: dict[str, Run] = {}
+    def _find(self, sweep: str, uid: str) -> Known | None:
+        """The run of a trial, or of the sweep itself (""). All runs of a sweep are asked for once."""
+        client = self._connect()
+        if sweep not in self._runs:
+            self._runs[sweep] = self._search(client, f"tags.`pare.sweep` = '{sweep}'")
+            self._shaken.discard(sweep)
+            self._doubtful = {(s, u) for s, u in self._doubtful if s != sweep}
+        elif (sweep, uid) in self._doubtful:
+            which = f"tags.`pare.trial_uid` = '{uid}'" if uid else "tags.`pare.kind` = 'sweep'"
+            self._runs[sweep] |= self._search(client, f"tags.`pare.sweep` = '{sweep}' AND {which}")
+            self._doubtful.discard((sweep, uid))
+        return self._runs[sweep].get(uid)
+
+    def _search(self, client: MlflowClient, wanted: str) -> dict[str, Known]:
+        """uid -> run. Of several with the same tags the oldest stays, or one that is complete; the others are deleted."""
+        found: dict[str, list[Known]] = {}
         token = None
         while True:
-            page = client.search_runs(
-                [self._experiment_id],
-                f"tags.`pare.sweep` = '{sweep}'",
-                max_results=1000,
-                order_by=["attributes.start_time ASC"],
-                page_token=token,
-            )
+            page = client.search_runs([self._experiment_id], wanted, max_results=1000, page_token=token)
             for run in page:
-                runs.setdefault(run.data.tags.get("pare.trial_uid", ""), run)
+                tags, info = run.data.tags, run.info
+                known = Known(info.run_id, info.start_time, tags.get("pare.digest", ""), info.status)
+                found.setdefault(tags.get("pare.trial_uid", ""), []).append(known)
             token = page.token
             if not token:
-                return runs
+                break
+        runs = {}
+        for uid, same in found.items():
+            runs[uid], *others = sorted(same, key=lambda run: (not run.digest, run.start, run.id))
+            for run in others:
+                client.delete_run(run.id)
+        return runs
 
-    def _write(self, client: MlflowClient, run: Run | None, wanted: dict[str, Any], parent_id: str | None) -> str:
+    def _write(self, sweep: str, uid: str, wanted: dict[str, Any]) -> str:
         """Creates the run or brings it up to date; nothing is sent where its digest says that it already is."""
         from mlflow.entities import Param, RunTag
 
-        tags = {key: shortened(value, MAX_TAG, "a file of this run has it whole") for key, value in wanted["tags"].items()}
-        tags |= {"mlflow.parentRunId": parent_id} if parent_id else {}
-        known = run.data.tags if run is not None else {}
-        if run is None:
-            run = client.create_run(self._experiment_id, start_time=wanted["start"], tags=tags, run_name=wanted["name"])
-        said = {key: value for key, value in wanted.items() if key != "start"}  # a run keeps the start it was made with
+        client, known = self._connect(), self._find(sweep, uid)
+        # A run keeps the start that it was made with; which command went on with the sweep is no reason to write it anew.
+        said = {key: value for key, value in wanted.items() if key not in ("start", "command")}
         digest = hashlib.blake2b(json.dumps(said, sort_keys=True).encode(), digest_size=16).hexdigest()
-        run_id: str = run.info.run_id
-        if known.get("pare.digest") == digest:
-            return run_id
+        if known is not None and known.digest == digest:
+            return known.id
+        tags = {**wanted["tags"], "mlflow.source.name": redacted(wanted["command"])}
+        tags |= {"mlflow.parentRunId": wanted["parent"]} if wanted["parent"] else {}
+        tags = {key: shortened(value, MAX_TAG, "a file of this run has it whole") for key, value in tags.items()}
+        if known is not None:
+            run = client.get_run(known.id)
+            known.digest = ""
+        else:
+            run = client.create_run(self._experiment_id, start_time=wanted["start"], tags=tags, run_name=wanted["name"])
+            known = self._runs[sweep][uid] = Known(run.info.run_id, run.info.start_time, "", "RUNNING")
+        there = run.data.tags
+        for key in there:
+            if key.startswith("pare.") and key not in tags and key != "pare.digest":
+                client.delete_tag(known.id, key)
         metrics = [row for name, points in wanted["metrics"].items() for row in new_rows(client, run, name, points)]
         params = [Param(key, value) for key, value in wanted["params"].items() if run.data.params.get(key) != value]
-        client.log_batch(run_id, metrics, params, [RunTag(key, value) for key, value in tags.items()], synchronous=True)
-        for key in known:
-            if key.startswith("pare.") and key not in tags and key != "pare.digest":
-                client.delete_tag(run_id, key)
-        for name, content in wanted["texts"].items():
-            client.log_text(run_id, content, name)
+        # What is cut off before the digest stands there is done again.
+        if wanted["texts"] or wanted["files"] or len(metrics) + len(params) > ROWS:
+            client.log_batch(known.id, metrics, params, synchronous=True)
+            metrics, params = [], []
+        if wanted["status"] != "RUNNING":
+            end = wanted["end"] if "end" in wanted else known.start + wanted["duration"]
+            client.set_terminated(known.id, wanted["status"], end_time=end)
+        elif run.info.status != "RUNNING":
+            client.update_run(known.id, status="RUNNING")
+        known.status = wanted["status"]
+        self._attach(run, wanted)
+        changed = [RunTag(key, value) for key, value in tags.items() if there.get(key) != value]
+        client.log_batch(known.id, metrics, params, [*changed, RunTag("pare.digest", digest)], synchronous=True)
+        known.digest = digest
+        return known.id
+
+    def _attach(self, run: Run, wanted: dict[str, Any]) -> None:
+        """Writes the files of a run. By its artifact address, for by its id MLflow would ask for the run again."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+        if not wanted["texts"] and not wanted["files"]:
+            return
+        place = get_artifact_repository(run.info.artifact_uri, tracking_uri=self.uri)
         for name, (path, _) in wanted["files"].items():
-            client.log_artifact(run_id, path, os.path.dirname(name) or None)
-        if wanted["status"] == "RUNNING":
-            client.update_run(run_id, status="RUNNING")
-        else:
-            end = wanted["end"] if "end" in wanted else run.info.start_time + wanted["duration"]
-            client.set_terminated(run_id, wanted["status"], end_time=end)
-        # Last, so that whatever was cut off before is done again.
-        client.set_tag(run_id, "pare.digest", digest)
-        return run_id
+            place.log_artifact(path, os.path.dirname(name) or None)
+        with tempfile.TemporaryDirectory() as directory:
+            for name, content in wanted["texts"].items():
+                path = Path(directory, name)
+                path.write_text(rendered(name, content), encoding="utf-8")
+                place.log_artifact(str(path))
 
 
 def client_of(uri: str) -> MlflowClient:
     """A client of the store, with MLflow quiet and set up as Pare wants it."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ.update(FORCED)
     from mlflow.tracking import MlflowClient
 
-    for logger in ("mlflow", "alembic"):
-        logging.getLogger(logger).setLevel(logging.WARNING)
+    for logger, level in (("mlflow", logging.WARNING), ("alembic", logging.WARNING), ("urllib3", logging.ERROR)):
+        logging.getLogger(logger).setLevel(level)
     database = database_of(uri)
     if database is not None:
         # MLflow retries for minutes on a file that cannot be opened or written; asked directly, SQLite says so at once.
@@ -201,14 +349,15 @@ def client_of(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri)
 
 
-# What a run should say. Plain data, so that its digest can be compared with that of what was written before: name, start,
-# end or duration (ms), status, tags, params, metrics {name: [[step, value]]}, texts {path: content}, files {path: [source,
-# digest]}.
+# What a run should say. Plain data, so that its digest can be compared with that of what was written before: name, command,
+# parent (id of its run), start, end or duration (ms), status, tags, params, metrics {name: [[step, value]]}, texts {name:
+# data}, files {path: [source, digest]}.
 
 
 def sweep_run(record: Record, report_dir: Path | None) -> dict[str, Any]:
     about = record["about"]
     start = milliseconds(about["started_at"])
+    running = about["status"] == "running"
     end = milliseconds(about["finished_at"]) if about["finished_at"] else start + round(1000 * (about["wall_s"] or 0))
     tags = {
         "pare.kind": "sweep",
@@ -216,13 +365,12 @@ def sweep_run(record: Record, report_dir: Path | None) -> dict[str, Any]:
         "pare.status": about["status"],
         "pare.base": about["base"]["name"],
         "pare.data": about["data"],
-        "mlflow.source.name": about["command"],
         "mlflow.source.type": "LOCAL",
         "mlflow.note.content": description(record),
         **{f"pare.version.{name}": str(version) for name, version in about["versions"].items()},
     }
     metrics = {}
-    if about["status"] != "running":
+    if not running and record["trials"]:
         # Counts of a running sweep change with every trial; each change would stay as a point of its own.
         metrics = {f"tasks/{name}": [[0, value]] for name, value in record["tasks"].items()}
         metrics |= {f"saving/{name}": [[0, record["saving"][name]]] for name in ("tasks_not_repeated", "wall_s_saved")}
@@ -232,8 +380,10 @@ def sweep_run(record: Record, report_dir: Path | None) -> dict[str, Any]:
     sources = sorted(p for p in report_dir.rglob("*") if p.is_file()) if report_dir else []
     return {
         "name": record["sweep"],
+        "command": about["command"],
+        "parent": "",
         "start": start,
-        "end": end,
+        "end": None if running else end,
         "status": STATUS[about["status"]],
         "tags": tags,
         "params": fitted({"base": about["base"]["name"], "data": text(about["data"])}, "pare.version"),
@@ -244,12 +394,12 @@ def sweep_run(record: Record, report_dir: Path | None) -> dict[str, Any]:
 
 
 def trial_run(record: Record, trial: Trial) -> dict[str, Any]:
-    import yaml
-
     about, error = record["about"], trial["error"]
-    figures = {name: float(value) for name, value in trial["metrics"].items() if value is not None}
+    # What a trial has measured so far, and its costs, change while it runs; each change would stay as a point of its own.
+    ended = trial["status"] not in ("running", "interrupted")
+    figures = {name: float(value) for name, value in trial["metrics"].items() if value is not None and ended}
     bad = [name for name, value in figures.items() if not math.isfinite(value)]
-    curves = {name: [p for p in points if p[1] is not None] for name, points in trial["curves"].items()}
+    curves = {name: [p for p in points if p[1] is not None] for name, points in trial["curves"].items() if ended}
     parents = [f"{task['type']}:{task['task']}" for task in trial["tasks"] if task["type"] in PARTS_OF_A_MODEL]
     tags = {
         "pare.kind": "trial",
@@ -267,7 +417,6 @@ def trial_run(record: Record, trial: Trial) -> dict[str, Any]:
         "pare.opens_with": trial["opens_with"] or "",
         "pare.error": error["failure"] if error else "",
         "pare.nonfinite": ",".join(bad),
-        "mlflow.source.name": about["command"],
         "mlflow.source.type": "LOCAL",
     }
     said = ([": ".join(report.failure(trial))] if error else []) + trial["notes"]
@@ -275,6 +424,7 @@ def trial_run(record: Record, trial: Trial) -> dict[str, Any]:
     params = {"recipe": trial["recipe"], **{short[key]: text(value) for key, value in trial["overrides"].items()}}
     return {
         "name": trial["trial"],
+        "command": about["command"],
         "start": milliseconds(about["started_at"]),
         "duration": round(1000 * (metric(trial, "cost/wall_s") or 0)),
         "status": STATUS[trial["status"]],
@@ -282,16 +432,24 @@ def trial_run(record: Record, trial: Trial) -> dict[str, Any]:
         | {"mlflow.note.content": "\n\n".join(map(report.md, said))},
         "params": fitted(params, "trial.json"),
         "metrics": {clean_key(n): p for n, p in ({n: [[0, v]] for n, v in figures.items()} | curves).items() if p},
-        "texts": {
-            "config.yaml": yaml.safe_dump(plain(trial["config"]), sort_keys=False, allow_unicode=True),
-            "trial.json": json.dumps(plain(trial), indent=1, ensure_ascii=False),
-        },
+        "texts": {"config.yaml": plain(trial["config"]), "trial.json": plain(trial)} if ended else {},
         "files": {},
     }
 
 
+def rendered(name: str, data: Any) -> str:
+    """The data as the file of that name says it: YAML or JSON."""
+    if name.endswith(".json"):
+        return json.dumps(data, indent=1, ensure_ascii=False)
+    import yaml
+
+    return str(yaml.dump(data, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False, allow_unicode=True))
+
+
 def description(record: Record) -> str:
     """What the run page shows on top: the sentences of the report."""
+    if record["about"]["status"] == "running" or not record["trials"]:
+        return report.md(f"{record['about']['base']['name']} on {record['about']['data']}")
     lines = [*reading.sentences(record), *reading.sharing(record)]
     return "\n".join([report.md(f"{report.headline(record)}."), "", *(f"- {report.md(line)}" for line in lines)])
 

@@ -39,6 +39,9 @@ def stream(
     device: torch.device,
     inputs: str = "dense",
     batch_size: int = BATCH_SIZE,
+    start: int = 0,
+    hidden: list[Tensor] | None = None,
+    reached: Callable[[int, list[Tensor]], None] = lambda index, hidden: None,
 ) -> Iterator[Passing]:
     """Yields every block in order, with statistics over `tokens` (sequences, length).
 
@@ -46,9 +49,14 @@ def stream(
     inputs: "dense": a block reads what the blocks before it put out when they passed, whatever the consumer makes of them;
         one forward pass per block. "compressed": a block's outputs are worked out when the consumer asks for the next one,
         with the weights that the consumer has left in `module`; two forward passes per block.
+    reached: called before every block but the first that passes, when the consumer has finished the blocks before it, with
+        the block's index and what it reads. With these two as `start` and `hidden` the stream goes on from there.
     """
-    hidden, calls = block_inputs(model, anatomy, tokens.split(batch_size))
-    for index, block in enumerate(anatomy.blocks):
+    first, calls = block_inputs(model, anatomy, tokens.split(batch_size))
+    hidden = first if hidden is None else hidden
+    for index, block in enumerate(anatomy.blocks[start:], start):
+        if index > start:
+            reached(index, hidden)
         module = model.get_submodule(block.name).to(device)
 
         def outputs(module: nn.Module = module, index: int = index) -> Iterator[Tensor]:

@@ -24,6 +24,7 @@ import traceback
 from types import TracebackType
 from typing import Any
 
+from pare.workers.run import Clock, classify, resident_bytes
 from pare.workers.task import TaskError
 
 TAIL = 4000
@@ -102,6 +103,7 @@ class FreshProcess:
     def close(self) -> None:
         """Ends the process; what it printed goes to this process's stderr, which is the task's log."""
         if self.process.poll() is None:
+            Clock.children.append(resident_bytes("VmHWM", self.process.pid))
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         sys.stderr.write(self.output())
@@ -121,8 +123,6 @@ def serve(channel: int, parent: int, name: str) -> None:
     """The process's end: makes the object, then answers until the parent hangs up."""
     die_with(parent)
     import torch
-
-    from pare.workers.run import classify
 
     stream = socket.socket(fileno=channel).makefile("rw", encoding="utf-8", newline="\n")
     first = json.loads(stream.readline())

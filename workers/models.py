@@ -112,11 +112,15 @@ def within_name(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def write_formulas(directory: Path, base_fingerprint: str, formulas: Mapping[str, Formula]) -> None:
     """Writes a *formulas* artifact: the table and the operands."""
     table = {name: formula.spec() for name, formula in formulas.items()}
-    operands = {
-        f"{name}:{key}": t.detach().cpu().contiguous()
-        for name, formula in formulas.items()
-        for key, t in formula.tensors().items()
-    }
+    operands: dict[str, Tensor] = {}
+    written: set[int] = set()
+    for name, formula in formulas.items():
+        for key, operand in formula.tensors().items():
+            t = operand.detach().cpu().contiguous()
+            where = t.untyped_storage().data_ptr()
+            # safetensors refuses tensors that share memory, such as one column order for several linears.
+            operands[f"{name}:{key}"] = t.clone() if where in written else t
+            written.add(where)
     save_file(operands, directory / OPERANDS, metadata={"format": "pt"})
     (directory / TABLE).write_text(json.dumps({"format": FORMAT, "base": base_fingerprint, "tensors": table}, indent=1))
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from pare.workers.checkpoint import NO_CHECKPOINT, Checkpoint
+
 
 class TaskError(Exception):
     """A task cannot be done. `failure` is its class (see docs/architecture.md), which decides about another attempt."""
@@ -40,3 +42,9 @@ class TaskContext:
 
     progress: Callable[[int, int, str], None] = lambda done, total, unit: None
     """progress(done, total, unit): shown live; the unit is a plural, e.g. "steps"."""
+
+    point: Callable[[int, dict[str, float]], None] = lambda step, values: None
+    """point(step, {name: value}): a point of a live curve. A resumed task gives the points after its checkpoint anew."""
+
+    checkpoint: Checkpoint = NO_CHECKPOINT
+    """Where a long task keeps how far it has come."""

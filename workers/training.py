@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pare.methods.contract import TrainMethod
+from pare.workers.checkpoint import EVERY_S, NO_CHECKPOINT, Checkpoint
 from pare.workers.task import TaskError
 
 CURVE = "curve.jsonl"
@@ -55,11 +58,15 @@ def train(
     seed: int,
     engine: Engine,
     progress: Callable[[int, int, str], None] = lambda done, total, unit: None,
+    point: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+    checkpoint: Checkpoint = NO_CHECKPOINT,
+    save_every_s: float = EVERY_S,
 ) -> list[Step]:
-    """Trains `model`, as `method.prepare` made it, in place.
+    """Trains `model`, as `method.prepare` made it, in place; from the step after `checkpoint`, if it holds one.
 
     sequences (n, length) int64: read in an order that only `seed` decides, all of them once before any comes again.
-    Writes a line for every step to `directory`/curve.jsonl.
+    Writes a line for every step to `directory`/curve.jsonl. What it returns, writes and makes of the model does not depend
+    on where it was interrupted and resumed.
 
     Raises:
         TaskError: class "nonfinite", at the first step whose loss is not finite; the weights are still those before it.
@@ -101,12 +108,17 @@ def train(
             f"{arguments.device.type}. Try: CUDA_VISIBLE_DEVICES with the one device that is meant",
             failure="unknown",
         )
-    rows = shuffled(len(sequences), method.steps * method.batch_size, seed)
+    saved = checkpoint.latest() or {}
+    steps = [Step(*step) for step in saved.get("steps", [])]
+    # Only the rows that are left: to the Trainer this is an epoch of its own that starts at a later step.
+    rows = shuffled(len(sequences), method.steps * method.batch_size, seed)[len(steps) * method.batch_size :]
     length = sequences.shape[1]
     expected = method.batch_size * (length - 1)
     trained = [p for p in model.parameters() if p.requires_grad]
     autocast = torch.autocast(engine.device.type, dtype=engine.dtype, enabled=engine.dtype != torch.float32)
-    steps: list[Step] = []
+    with torch.no_grad():
+        for name, value in saved.get("trained", {}).items():
+            model.get_parameter(name).copy_(value)
 
     class Loop(Trainer):
         """A step's gradient is that of the summed loss over the tokens predicted in its whole batch."""
@@ -138,15 +150,40 @@ def train(
             return scaled
 
     class Record(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if saved:
+                state.global_step = len(steps)
+                loop.optimizer.load_state_dict(saved["optimizer"])
+                loop.lr_scheduler.load_state_dict(saved["schedule"])
+                method.load_state(saved["method"])
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if saved:  # not earlier: as an epoch begins, its loader draws a number
+                set_random_state(saved["random"], engine.device)
+                saved.clear()
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             method.after_step(state.global_step)
-            line = {"step": state.global_step, "loss": steps[-1].loss, "learning_rate": steps[-1].learning_rate}
-            curve.write(json.dumps(line) + "\n")
-            curve.flush()
+            values = asdict(steps[-1])
+            write_point(curve, state.global_step, values)
+            point(state.global_step, values)
             progress(state.global_step, method.steps, "steps")
+            if state.global_step < method.steps and checkpoint.due(save_every_s):
+                checkpoint.save(
+                    {
+                        "steps": [[step.loss, step.learning_rate] for step in steps],
+                        "trained": {name: p for name, p in model.named_parameters() if p.requires_grad},
+                        "optimizer": loop.optimizer.state_dict(),
+                        "schedule": loop.lr_scheduler.state_dict(),
+                        "random": random_state(engine.device),
+                        "method": method.state(),
+                    }
+                )
 
     try:
         with (directory / CURVE).open("w") as curve:
+            for number, step in enumerate(steps, start=1):
+                write_point(curve, number, asdict(step))
             loop = Loop(
                 model=model,
                 args=arguments,
@@ -169,3 +206,29 @@ def shuffled(n: int, needed: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     epochs = [torch.randperm(n, generator=generator) for _ in range(math.ceil(needed / n))]
     return torch.cat(epochs)[:needed].tolist()
+
+
+def write_point(curve: TextIO, step: int, values: dict[str, float]) -> None:
+    curve.write(json.dumps({"step": step, **values}) + "\n")
+    curve.flush()
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Where the random number generators stand that a step may draw from: torch's, Python's and numpy's own."""
+    numpy: Any = np.random.get_state()
+    kind, keys, *rest = numpy
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "python": random.getstate(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest],
+    }
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))

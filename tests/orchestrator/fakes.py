@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from pare.orchestrator.engine import Engine, register
+from pare.orchestrator.engine import Engine, Limits, register
 from pare.orchestrator.fingerprint import digest
 from pare.orchestrator.ledger import Ledger
 from pare.orchestrator.plan import Goals, Plan, Task
@@ -85,6 +85,8 @@ class Silent:
 
     def progressed(self, running: dict[str, dict[str, Any] | None]) -> None: ...
 
+    def points(self, task: Task, points: list[tuple[int, dict[str, float]]]) -> None: ...
+
     def ended(self, task: Task, reply: dict[str, Any], final: bool) -> None: ...
 
     def trial_ended(self, trial: str, status: str, failure: dict[str, Any] | None) -> None:
@@ -99,7 +101,7 @@ def execute(home: Path, plan: Plan, toy: Toy, keep_going: bool = True) -> tuple[
     for position, (name, goals) in enumerate(plan.goals.items()):
         row = {"name": name, "block": name, "recipe": name, "overrides": {}, "config": {}, "goals": vars(goals)}
         ledger.put_trial("toy", position, {**row, "status": "pending", "failure": None})
-    engine = Engine(plan, toy.store, ledger, run, "toy", InlinePool(toy), home, "cpu", keep_going)
+    engine = Engine(plan, toy.store, ledger, run, "toy", InlinePool(toy), home, "cpu", Limits(keep_going))
     listener = Silent()
     try:
         engine.execute(listener)

@@ -15,6 +15,8 @@ from torch import Tensor
 from pare.methods.parts.codebooks import Integer
 from pare.methods.parts.codes import Codes, Rows
 from pare.methods.parts.formula import Formula
+from pare.workers.blobs import LocalBlobs
+from pare.workers.checkpoint import Checkpoint
 from pare.workers.models import ModelArtifact, write_formulas
 from pare.workers.task import TaskContext
 from pare.workers.tiny import TinySettings, tiny_config, tiny_tokenizer
@@ -75,13 +77,17 @@ class Workshop:
     def open(self, directory: Path) -> ModelArtifact:
         return ModelArtifact(directory, self.resolve)
 
-    def run(self, task: Any, out: str, spec: dict[str, Any], **inputs: Path) -> tuple[Path, dict[str, Any]]:
-        """Runs a task module; returns its directory and result."""
+    def context(self, out: str, spec: dict[str, Any], **inputs: Path) -> TaskContext:
+        """What a task is run with; its directory is made."""
         directory = self.root / out
         directory.mkdir()
         fingerprints = {role: BASE if path == self.base else role for role, path in inputs.items()}
-        ctx = TaskContext(spec, inputs, directory, resolve=self.resolve, fingerprint_of=fingerprints)
-        return directory, task.run(ctx)
+        return TaskContext(spec, inputs, directory, resolve=self.resolve, fingerprint_of=fingerprints)
+
+    def run(self, task: Any, out: str, spec: dict[str, Any], **inputs: Path) -> tuple[Path, dict[str, Any]]:
+        """Runs a task module; returns its directory and result."""
+        ctx = self.context(out, spec, **inputs)
+        return ctx.out, task.run(ctx)
 
     def tokens(self, sequences: int = 4, length: int = 32) -> Path:
         """Windows of random bytes."""
@@ -96,6 +102,19 @@ class Workshop:
 @pytest.fixture
 def workshop(random_llama: Path, tmp_path: Path) -> Workshop:
     return Workshop(random_llama, tmp_path)
+
+
+class Eager(Checkpoint):
+    """Due at every opportunity."""
+
+    def due(self, every_s: float = 0.0) -> bool:
+        return True
+
+
+@pytest.fixture
+def attempt_checkpoint(tmp_path: Path) -> Callable[[], Checkpoint]:
+    """Makes the checkpoint that one attempt after another is given for the same task; due at every opportunity."""
+    return lambda: Eager(LocalBlobs(tmp_path / "kept"), "checkpoints/a-task")
 
 
 @pytest.fixture(scope="session")

@@ -142,3 +142,30 @@ def test_a_model_that_ends_before_its_last_block_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"model\.layers\.2 was not reached"):
         next(stream(model, anatomy, TOKENS, [Gram], CPU))
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("inputs", ["dense", "compressed"])
+def test_the_stream_goes_on_from_where_it_was_reached(inputs: str) -> None:
+    reached: list[tuple[int, list[Tensor]]] = []
+    events: list[str] = []
+
+    def note(index: int, hidden: list[Tensor]) -> None:
+        reached.append((index, [x.clone() for x in hidden]))
+        events.append(f"reached {index}")
+
+    whole = {}
+    model = llama()
+    for passing in stream(model, describe(model), TOKENS, [Everything], CPU, inputs, 2, reached=note):
+        events.append(f"passed {passing.block.name[-1]}")
+        whole |= {group: values["everything"] for group, values in passing.statistics.items()}
+        halve(passing.module)
+    assert events == ["passed 0", "reached 1", "passed 1", "reached 2", "passed 2"]
+
+    for start, hidden in reached:
+        fresh = llama()  # none of its blocks halved: those before `start` are not read again
+        got = {}
+        for passing in stream(fresh, describe(fresh), TOKENS, [Everything], CPU, inputs, 2, start=start, hidden=hidden):
+            got |= {group: values["everything"] for group, values in passing.statistics.items()}
+            halve(passing.module)
+        assert list(got) == list(whole)[4 * start :]
+        assert all(torch.equal(values, whole[group]) for group, values in got.items())

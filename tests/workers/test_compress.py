@@ -21,6 +21,7 @@ from pare.methods.quantize.gptq import Gptq
 from pare.methods.quantize.rtn import Rtn
 from pare.methods.settings import SettingsError
 from pare.workers.calibration import stream
+from pare.workers.checkpoint import Checkpoint
 from pare.workers.models import ModelArtifact, load_in_memory
 from pare.workers.task import TaskContext, TaskError
 from pare.workers.tasks import calibrate, compress
@@ -249,3 +250,103 @@ def test_a_tiny_model_with_an_own_head_keeps_it(workshop: Any, tmp_path: Path) -
     artifact = ModelArtifact(out, lambda f: base)
     head: Tensor = load_in_memory(artifact, torch.float32).get_parameter("lm_head.weight")
     assert torch.equal(head, load_file(base / "model.safetensors")["lm_head.weight"])
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture(scope="session")
+def four_blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig
+
+    directory = tmp_path_factory.mktemp("four_blocks")
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def killed_after(block: int) -> Callable[[int, int, str], None]:
+    def progress(done: int, total: int, unit: str) -> None:
+        if done == block:
+            raise Killed
+
+    return progress
+
+
+CASES: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
+    "calibrate": (calibrate, {**GRAM, "dtype": "bfloat16"}, ("tokens",)),
+    "rtn": (compress, spec("rtn", bits=3, symmetric=False), ()),
+    "gptq": (compress, spec("gptq", bits=3, act_order="group"), ("gram",)),
+    "gptq-compressed": (compress, {**spec("gptq", bits=2, inputs="compressed"), "dtype": "bfloat16"}, ("tokens",)),
+    "gptq-compressed-float32": (compress, spec("gptq", bits=2, inputs="compressed"), ("tokens",)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_task_that_was_killed_between_blocks_goes_on_to_the_same_bytes(
+    workshop: Any, four_blocks: Path, attempt_checkpoint: Callable[[], Checkpoint], case: str
+) -> None:
+    task, specification, roles = CASES[case]
+    workshop.base = four_blocks
+    inputs = {"model": four_blocks}
+    if "tokens" in roles:
+        inputs["tokens"] = workshop.tokens(sequences=6)
+    if "gram" in roles:
+        inputs["statistics"], _ = workshop.run(calibrate, "gram", GRAM, model=four_blocks, tokens=workshop.tokens())
+    whole, expected = workshop.run(task, "whole", specification, **inputs)
+
+    # Killed while nothing is kept, with one block kept, with two.
+    for number, block in enumerate((1, 2, 3)):
+        ctx = workshop.context(f"killed{number}", specification, **inputs)
+        ctx.checkpoint, ctx.progress = attempt_checkpoint(), killed_after(block)
+        with pytest.raises(Killed):
+            task.run(ctx)
+    ctx, seen = workshop.context("resumed", specification, **inputs), []
+    ctx.checkpoint = attempt_checkpoint()
+    ctx.progress = lambda done, total, unit: seen.append(done)
+    result = task.run(ctx)
+
+    assert seen == [3, 4]
+    assert result == expected
+    assert contents(ctx.out) == contents(whole)
+
+
+@pytest.mark.parametrize("case", ["calibrate", "gptq-compressed"])
+def test_finished_blocks_are_kept_once_and_a_damaged_one_costs_a_start_from_nothing(
+    workshop: Any, four_blocks: Path, attempt_checkpoint: Callable[[], Checkpoint], case: str, tmp_path: Path
+) -> None:
+    task, specification, _ = CASES[case]
+    workshop.base = four_blocks
+    inputs = {"model": four_blocks, "tokens": workshop.tokens(sequences=6)}
+    whole, expected = workshop.run(task, "whole", specification, **inputs)
+    ctx = workshop.context("killed", specification, **inputs)
+    ctx.checkpoint, ctx.progress = attempt_checkpoint(), killed_after(4)
+    with pytest.raises(Killed):
+        task.run(ctx)
+
+    kept = sorted((tmp_path / "kept").rglob("*.pt"))
+    assert [path.name.partition("-")[0] for path in kept] == ["00000002", "00000003", "block_000", "block_001", "block_002"]
+    damaged = bytearray(kept[3].read_bytes())
+    damaged[-100] ^= 4
+    kept[3].write_bytes(damaged)
+    ctx, seen = workshop.context("resumed", specification, **inputs), []
+    ctx.checkpoint = attempt_checkpoint()
+    ctx.progress = lambda done, total, unit: seen.append(done)
+    result = task.run(ctx)
+
+    assert seen == [1, 2, 3, 4]
+    assert result == expected
+    assert contents(ctx.out) == contents(whole)

@@ -3,11 +3,13 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Iterator, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pare.methods.contract import Context
 from pare.methods.finetune.lora import Lora
+from pare.workers.checkpoint import NO_CHECKPOINT, Checkpoint
 from pare.workers.models import ModelArtifact, load_in_memory
 from pare.workers.task import TaskContext, TaskError
 from pare.workers.tasks import train as train_task
@@ -326,3 +329,164 @@ def test_the_task_writes_the_model_that_it_trained(tmp_path: Path, method: str) 
 def test_the_task_refuses_a_dtype_that_it_cannot_train_in(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"lora trains in float32 or bfloat16, got dtype=float16\. Try: dtype=bfloat16"):
         train_task.run(context(tmp_path, "lora", "float16"))
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+def attempt(
+    method: Lora, out: Path, checkpoint: Checkpoint, killed_after: int | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[list[Step], nn.Module, list[int]]:
+    """Trains, or dies after a step, before it is saved. Returns what was trained and the numbers of the steps taken."""
+    out.mkdir()
+    taken: list[int] = []
+
+    def progress(done: int, total: int, unit: str) -> None:
+        taken.append(done)
+        if done == killed_after:
+            raise Killed
+
+    model = method.prepare(llama(dtype), Context(CPU, 3))
+    try:
+        steps = train(method, model, SEQUENCES, out, 3, Engine(CPU, dtype), progress, checkpoint=checkpoint)
+    except Killed:
+        return [], model, taken
+    return steps, model, taken
+
+
+class Everything(Lora):
+    """Draws from every generator and carries a state of its own that reaches into the gradients."""
+
+    def prepare(self, model: nn.Module, context: Context) -> nn.Module:
+        self.mean, self.seen = torch.zeros(()), 0
+        self.model = super().prepare(model, context)
+        return self.model
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        total, tokens = super().loss(model, batch)
+        return total * (0.5 + random.random() + np.random.rand() + torch.rand(())), tokens
+
+    def after_backward(self, step: int) -> None:
+        assert step == self.seen + 1
+        for p in self.model.parameters():
+            if p.requires_grad:
+                p.grad += self.mean
+
+    def after_step(self, step: int) -> None:
+        self.seen = step
+        self.mean = 0.9 * self.mean + 1e-4 * weights(self.model).sum()
+
+    def state(self) -> dict[str, Any]:
+        return {"mean": self.mean, "seen": self.seen}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.mean, self.seen = state["mean"], state["seen"]
+
+
+HARD: dict[str, Any] = {
+    "steps": 6, "batch_size": 4, "micro_batch_size": 2, "dropout": 0.3, "learning_rate": 1e-2, "weight_decay": 0.1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cls", "dtype", "settings", "deaths"),
+    [
+        (Lora, torch.float32, {}, [1]),
+        (Lora, torch.float32, {}, [2]),
+        (Lora, torch.float32, {}, [4]),
+        (Lora, torch.float32, {"schedule": "linear", "warmup": 0.5}, [3, 3, 5]),
+        (Lora, torch.float32, {"micro_batch_size": 4, "optimizer": "sgd"}, [6]),
+        (Lora, torch.bfloat16, {}, [5]),
+        (Everything, torch.float32, {}, [3, 5]),
+    ],
+)
+def test_a_training_that_was_killed_goes_on_to_the_same_bits(
+    tmp_path: Path,
+    attempt_checkpoint: Callable[[], Checkpoint],
+    cls: type[Lora],
+    dtype: torch.dtype,
+    settings: dict[str, Any],
+    deaths: list[int],
+) -> None:
+    method = cls(**{**HARD, **settings})
+    whole, expected, _ = attempt(method, tmp_path / "whole", NO_CHECKPOINT, dtype=dtype)
+
+    last = 0
+    for number, death in enumerate(deaths):
+        _, _, taken = attempt(method, tmp_path / f"killed{number}", attempt_checkpoint(), death, dtype)
+        assert taken == list(range(last + 1, death + 1))
+        last = death - 1
+    random.seed(99)
+    np.random.seed(99)
+    torch.manual_seed(99)
+    steps, model, taken = attempt(method, tmp_path / "out", attempt_checkpoint(), dtype=dtype)
+
+    assert taken == list(range(last + 1, 7))
+    assert steps == whole
+    assert torch.equal(weights(model), weights(expected))
+    assert (tmp_path / "out" / "curve.jsonl").read_bytes() == (tmp_path / "whole" / "curve.jsonl").read_bytes()
+
+
+def test_a_training_goes_on_from_a_checkpoint_some_steps_back(
+    tmp_path: Path, attempt_checkpoint: Callable[[], Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = Lora(**HARD)
+    whole, expected, _ = attempt(method, tmp_path / "whole", NO_CHECKPOINT)
+    seldom, asked = attempt_checkpoint(), iter(range(1, 100))
+    monkeypatch.setattr(seldom, "due", lambda every_s: next(asked) == 2)
+
+    attempt(method, tmp_path / "killed", seldom, killed_after=5)
+    steps, model, taken = attempt(method, tmp_path / "out", attempt_checkpoint())
+
+    assert taken == [3, 4, 5, 6]
+    assert steps == whole
+    assert torch.equal(weights(model), weights(expected))
+
+
+def test_a_short_training_saves_nothing_and_the_interval_decides(
+    tmp_path: Path, attempt_checkpoint: Callable[[], Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, asked = attempt_checkpoint(), []
+    monkeypatch.setattr(checkpoint, "due", lambda every_s: asked.append(every_s))
+    method = Lora(steps=3)
+    model = method.prepare(llama(), Context(CPU))
+
+    train(method, model, SEQUENCES, tmp_path, 0, Engine(CPU, torch.float32), checkpoint=checkpoint, save_every_s=5.0)
+
+    assert asked == [5.0, 5.0]  # not after the last step: there is nothing left to lose
+    assert checkpoint.latest() is None
+
+
+def test_the_task_is_taken_up_and_shows_its_curve_while_it_runs(
+    tmp_path: Path, attempt_checkpoint: Callable[[], Checkpoint]
+) -> None:
+    artifacts, points = [], []
+    for name, deaths in {"whole": (), "killed": (3, 5)}.items():
+        root = tmp_path / name
+        root.mkdir()
+        ctx = context(root, "lora", steps=6, batch_size=2, dropout=0.2)
+        for death in (*deaths, None):
+            ctx.checkpoint = attempt_checkpoint() if deaths else NO_CHECKPOINT
+            ctx.out = root / f"out-{death}"
+            ctx.out.mkdir()
+            seen: list[tuple[int, dict[str, float]]] = []
+
+            def point(step: int, values: dict[str, float], seen: list[Any] = seen, death: int | None = death) -> None:
+                seen.append((step, values))
+                if step == death:
+                    raise Killed
+
+            ctx.point = point
+            try:
+                result = train_task.run(ctx)
+            except Killed:
+                assert death is not None
+        content = {p.relative_to(ctx.out): p.read_bytes() for p in ctx.out.rglob("*") if p.is_file()}
+        artifacts.append((result, content))
+        points.append(seen)
+
+    assert artifacts[0] == artifacts[1]
+    curve = [json.loads(line) for line in (ctx.out / "curve.jsonl").read_text().splitlines()]
+    assert [{"step": step, **values} for step, values in points[0]] == curve
+    assert points[1] == points[0][4:]

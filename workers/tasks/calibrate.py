@@ -8,13 +8,17 @@ Files: `block_000.safetensors`, ... with keys `<input group>:<statistic>`. Resul
 from __future__ import annotations
 
 import importlib
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pare.methods.anatomy.describe import describe, verify
 from pare.workers.calibration import stream
+from pare.workers.checkpoint import block_piece, resume_blocks
 from pare.workers.models import ModelArtifact, load_in_memory
 from pare.workers.task import TaskContext, TaskError
 
@@ -25,13 +29,24 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     tokens = load_file(ctx.inputs["tokens"] / "tokens.safetensors")["input_ids"]
     anatomy = describe(model)
     verify(model, anatomy)
-    for index, passing in enumerate(stream(model, anatomy, tokens, needs, ctx.device)):
+
+    def file(index: int) -> Path:
+        return ctx.out / f"block_{index:03d}.safetensors"
+
+    def reached(index: int, hidden: list[Tensor]) -> None:
+        if ctx.checkpoint.due():
+            finished = {block_piece(i): partial(load_file, file(i)) for i in range(index)}
+            ctx.checkpoint.save({"blocks": index, "hidden": hidden}, finished)
+
+    start, state = resume_blocks(ctx.checkpoint, lambda index, statistics: save_file(statistics, file(index)))
+    passing_by = stream(model, anatomy, tokens, needs, ctx.device, start=start, hidden=state.get("hidden"), reached=reached)
+    for index, passing in enumerate(passing_by, start):
         values = {f"{group}:{name}": v.cpu() for group, of_group in passing.statistics.items() for name, v in of_group.items()}
         for name, value in values.items():
             if not value.isfinite().all():
                 raise TaskError(
                     f"{name} is not finite: in {ctx.spec['dtype']} the model's activations overflow. Try dtype=float32"
                 )
-        save_file(values, ctx.out / f"block_{index:03d}.safetensors")
+        save_file(values, file(index))
         ctx.progress(index + 1, len(anatomy.blocks), "blocks")
     return {"blocks": len(anatomy.blocks), "tokens": tokens.numel()}

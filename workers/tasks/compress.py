@@ -5,10 +5,13 @@ inputs: `model` (a model artifact of either form), and for a method that needs s
 spec: `method`, `settings`, `seed` (where the method draws random numbers), `dtype` (of the forward pass over `tokens`).
 Result: `size/linear_bits_per_weight` (codes and scales, without padding), `size/linear_bytes` (with it), `notes` (what
 the method reported).
+A checkpoint holds the formulas of the finished blocks, the notes and, for the latter kind, what the next block reads.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +23,18 @@ from pare.methods.anatomy.describe import Block, describe, verify
 from pare.methods.contract import Context, InputGroup, LayerMethod, load_all
 from pare.methods.parts.formula import Formula
 from pare.workers.calibration import stream
+from pare.workers.checkpoint import block_piece, resume_blocks
 from pare.workers.models import ModelArtifact, load_in_memory, load_skeleton, write_formulas
 from pare.workers.task import TaskContext, TaskError
 
 Statistics = dict[str, dict[str, Tensor]]
 """Input group -> statistic -> value."""
+
+Made = list[dict[str, Formula]]
+"""For each finished block, parameter name -> formula on the CPU."""
+
+Reached = Callable[[int, list[Tensor]], None]
+"""Called before a block with its index and what it reads: the place to save."""
 
 
 def run(ctx: TaskContext) -> dict[str, Any]:
@@ -32,16 +42,25 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     if not isinstance(method, LayerMethod):
         raise TaskError(f"compress takes a method of kind layer; {method.name} is of kind {method.kind}")
     artifact = ModelArtifact(ctx.inputs["model"], ctx.resolve)
-    notes: dict[str, float] = {}
+    made: Made = []
+    start, state = resume_blocks(ctx.checkpoint, lambda index, piece: made.append(from_piece(piece)))
+    del made[start:]
+    notes: dict[str, float] = state.get("notes", {})
+
+    def reached(index: int, hidden: list[Tensor]) -> None:
+        if ctx.checkpoint.due():
+            pieces = {block_piece(i): partial(to_piece, formulas) for i, formulas in enumerate(made)}
+            ctx.checkpoint.save({"blocks": index, "hidden": hidden, "notes": notes}, pieces)
 
     def report(name: str, value: float) -> None:
         notes[name] = notes.get(name, 0.0) + value
 
     context = Context(ctx.device, ctx.spec.get("seed", 0), report)
     if method.needs and "tokens" in ctx.inputs:
-        formulas = compress_streaming(ctx, artifact, method, context)
+        compress_streaming(ctx, artifact, method, context, made, state.get("hidden"), reached)
     else:
-        formulas = compress_blocks(ctx, artifact, method, context)
+        compress_blocks(ctx, artifact, method, context, made, reached)
+    formulas = {name: formula for of_block in made for name, formula in of_block.items()}
     write_formulas(ctx.out, ctx.fingerprint_of["model"], formulas)
     weights = sum(formula.shape[0] * formula.shape[1] for formula in formulas.values())
     return {
@@ -51,40 +70,53 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     }
 
 
-def compress_blocks(ctx: TaskContext, artifact: ModelArtifact, method: LayerMethod, context: Context) -> dict[str, Formula]:
-    """Every block by itself, with the statistics of the `statistics` input, if the method needs any."""
+def compress_blocks(
+    ctx: TaskContext, artifact: ModelArtifact, method: LayerMethod, context: Context, made: Made, reached: Reached
+) -> None:
+    """Every block not yet `made` by itself, with the statistics of the `statistics` input, if the method needs any."""
     anatomy = describe(load_skeleton(artifact.dense.directory))
     method.check_shapes(anatomy.widths)
-    formulas: dict[str, Formula] = {}
-    for index, block in enumerate(anatomy.blocks):
+    for index, block in enumerate(anatomy.blocks[len(made) :], len(made)):
+        reached(index, [])
         statistics: Statistics = {group.name: {} for group in block.groups}
         if method.needs:
             with safe_open(ctx.inputs["statistics"] / f"block_{index:03d}.safetensors", framework="pt") as file:
                 for group in block.groups:
                     wanted = [need.name for need in method.needs]
                     statistics[group.name] = {name: file.get_tensor(f"{group.name}:{name}").to(ctx.device) for name in wanted}
-        made = compress_block(artifact, block, statistics, method, context)
-        formulas |= {name: formula.to("cpu") for name, formula in made.items()}
+        formulas = compress_block(artifact, block, statistics, method, context)
+        made.append({name: formula.to("cpu") for name, formula in formulas.items()})
         ctx.progress(index + 1, len(anatomy.blocks), "blocks")
-    return formulas
 
 
-def compress_streaming(ctx: TaskContext, artifact: ModelArtifact, method: LayerMethod, context: Context) -> dict[str, Formula]:
-    """Block after block, each calibrated on what its compressed predecessors put out."""
+def compress_streaming(
+    ctx: TaskContext,
+    artifact: ModelArtifact,
+    method: LayerMethod,
+    context: Context,
+    made: Made,
+    hidden: list[Tensor] | None,
+    reached: Reached,
+) -> None:
+    """The blocks not yet `made`, one after another, each calibrated on what its compressed predecessors put out.
+
+    hidden: what the first of these blocks reads, if blocks have been made.
+    """
     model = load_in_memory(artifact, getattr(torch, ctx.spec["dtype"]))
     tokens = load_file(ctx.inputs["tokens"] / "tokens.safetensors")["input_ids"]
     anatomy = describe(model)
     verify(model, anatomy)
     method.check_shapes(anatomy.widths)
-    formulas: dict[str, Formula] = {}
-    for index, passing in enumerate(stream(model, anatomy, tokens, method.needs, ctx.device, inputs="compressed")):
-        made = compress_block(artifact, passing.block, passing.statistics, method, context)
+    passing_by = stream(
+        model, anatomy, tokens, method.needs, ctx.device, "compressed", start=len(made), hidden=hidden, reached=reached
+    )
+    for passing in passing_by:
+        formulas = compress_block(artifact, passing.block, passing.statistics, method, context)
         with torch.no_grad():
-            for name, formula in made.items():
+            for name, formula in formulas.items():
                 model.get_parameter(name).copy_(formula.materialise())
-        formulas |= {name: formula.to("cpu") for name, formula in made.items()}
-        ctx.progress(index + 1, len(anatomy.blocks), "blocks")
-    return formulas
+        made.append({name: formula.to("cpu") for name, formula in formulas.items()})
+        ctx.progress(len(made), len(anatomy.blocks), "blocks")
 
 
 def compress_block(
@@ -101,3 +133,12 @@ def compress_block(
             raise TaskError(f"{method.name} made formulas of shapes {got} for weights of shapes {wanted}")
         formulas |= made
     return formulas
+
+
+def to_piece(formulas: dict[str, Formula]) -> dict[str, Any]:
+    """Formulas as a checkpoint keeps them."""
+    return {name: {"spec": formula.spec(), "tensors": formula.tensors()} for name, formula in formulas.items()}
+
+
+def from_piece(piece: dict[str, Any]) -> dict[str, Formula]:
+    return {name: Formula.from_tensors(entry["spec"], entry["tensors"]) for name, entry in piece.items()}

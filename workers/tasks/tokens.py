@@ -66,5 +66,5 @@ def documents_of(role: str, documents: list[Document]) -> list[Document]:
 
 def settings_of(role: str) -> str:
     """The config keys that say how many tokens a role takes."""
-    group = f"data.{role}" if role in ("calibration", "train") else "evaluation.windows"
+    group = "evaluation.windows" if role == "test" else f"data.{role}"
     return f"{group}.sequences or {group}.length"
