@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +25,9 @@ from pare.workers.task import TaskContext, TaskError
 from pare.workers.tasks import allocate, assemble, calibrate, compress, levels, score, tokens
 
 GRAM = {"statistics": [{"module": "pare.methods.ops.statistics", "class": "Gram"}], "dtype": "float32"}
-VALUES = [2, 3, 5]
+VALUES = [2, 3, 4]
 SMALL = {"target": 3, "score_tokens": 16, "tokens": [32, 96], "generations": 4, "offspring": 4, "token_budget": 100_000}
+NUMBERS = itertools.count()
 
 
 @dataclasses.dataclass
@@ -46,7 +48,7 @@ class Ground:
 
     def evaluator(self) -> Evaluator:
         allocate.release()
-        return allocate.open_evaluator(self.context(f"evaluator {id(object())}", "ilp"))
+        return allocate.open_evaluator(self.context(f"evaluator {next(NUMBERS)}", "ilp"))
 
 
 def drive(
@@ -100,10 +102,10 @@ def table_of(ground: Ground) -> dict[str, Any]:
 def test_the_dense_model_does_not_differ_from_itself_and_coarser_levels_differ_more(ground: Ground) -> None:
     n = len(table_of(ground)["linears"])
 
-    dense, five, three, two = ground.evaluator().divergences([[DENSE] * n, [2] * n, [1] * n, [0] * n], 1, 32)
+    dense, four, three, two = ground.evaluator().divergences([[DENSE] * n, [2] * n, [1] * n, [0] * n], 1, 32)
 
     assert abs(dense) < 1e-6
-    assert 0 < five < three < two
+    assert 0 < four < three < two
 
 
 def test_a_candidates_divergence_is_that_of_the_assembled_model(ground: Ground) -> None:
@@ -155,8 +157,13 @@ def test_only_blocks_after_the_first_difference_are_run_and_every_one_is_counted
     table = table_of(ground)
     n, ran = len(table["linears"]), []
     evaluator = ground.evaluator()
+
+    def note(module: torch.nn.Module, _args: object, _out: object) -> None:
+        if "forward" not in vars(module):  # while the inputs of the first block are recorded, a stand-in is called
+            ran.append(module)
+
     for block in evaluator.anatomy.blocks:
-        evaluator.model.get_submodule(block.name).register_forward_hook(lambda module, args, out: ran.append(module))
+        evaluator.model.get_submodule(block.name).register_forward_hook(note)
     late, early = [1] * n, [1] * n
     late[-1], early[0] = 0, 0
     choices = [late, early, [1] * n, early]
@@ -177,8 +184,8 @@ def test_a_candidate_whose_output_is_no_number_is_infinitely_far(ground: Ground,
 def test_the_packed_levels_are_what_is_held_not_their_dense_weights(ground: Ground) -> None:
     evaluator = ground.evaluator()
     n = len(evaluator.linears)
-    evaluator.divergences([[1] * n, [0] * n], 0, 32)
-    reference = load_in_memory(ground.workshop.open(ground.inputs["level.2"]), torch.float32)
+    evaluator.divergences([[1] * n, [0] * n], 0, 32)  # in dictionary order: level 2 first
+    reference = load_in_memory(ground.workshop.open(ground.inputs["level.3"]), torch.float32)
 
     held = sum(parameter.numel() for parameter in evaluator.model.parameters())
 
@@ -210,7 +217,7 @@ def test_the_table_holds_the_bytes_as_stored_and_the_output_errors(ground: Groun
 def test_levels_are_listed_by_their_bytes_in_whatever_order_they_are_named(ground: Ground) -> None:
     roles = {role: path for role, path in ground.inputs.items() if role == "model" or role.startswith("level.")}
     statistics = ground.workshop.root / "statistics"
-    spec = {"vary": "bits", "values": [5, 2, 3]}
+    spec = {"vary": "bits", "values": [4, 2, 3]}
 
     again, _ = ground.workshop.run(levels, "again", spec, statistics=statistics, **roles)
 
@@ -221,7 +228,7 @@ def test_levels_of_another_model_an_incomplete_level_and_no_levels_are_refused(g
     roles = {role: path for role, path in ground.inputs.items() if role == "model" or role.startswith("level.")}
     ctx = ground.workshop.context("x", {}, **roles)
     ctx.fingerprint_of["model"] = "another"
-    with pytest.raises(TaskError, match="level 2 was made of the model fingerprint-of-the-base, and the search is in another"):
+    with pytest.raises(TaskError, match="level 2 was made of the model fingerprint-of-the-base, not of another"):
         open_levels(ctx, VALUES)
     with pytest.raises(TaskError, match="a list of different levels"):
         open_levels(ctx, [])
@@ -310,7 +317,7 @@ def test_the_search_is_never_worse_than_its_start_and_counts_every_token_and_blo
     assert result["search/generations"] == 4
     assert result["search/tokens"] == sum(seen) == trace[-1]["tokens"]
     assert result["search/score_tokens"] == 0
-    assert result["search/block_forwards"] == ran[-1] < result["search/block_forwards_plain"]
+    assert result["search/block_forwards"] == ran[-1] <= result["search/block_forwards_plain"]
     assert points == [(entry["generation"], {"fitness": entry["kl"]}) for entry in trace]
     assert [step for step in steps if step[2] == "generations"] == [(g, 4, "generations") for g in range(5)]
 
@@ -370,11 +377,11 @@ def test_another_seed_searches_elsewhere_and_the_same_one_does_not(ground: Groun
 
 
 def test_a_target_or_levels_that_do_not_fit_the_table_are_refused(ground: Ground) -> None:
-    with pytest.raises(ValueError, match=r"evopress.target must be in \[2, 5\], the range of the levels, got 6"):
+    with pytest.raises(ValueError, match=r"evopress.target must be in \[2, 4\], the range of the levels, got 6"):
         ground.allocate("high", "evopress", **{**SMALL, "target": 6})
     ctx = ground.context("other", "ilp")
     ctx.spec["values"] = [2, 3]
-    with pytest.raises(TaskError, match=r"holds the levels \[2, 3, 5\], not \[2, 3\]"):
+    with pytest.raises(TaskError, match=r"holds the levels \[2, 3, 4\], not \[2, 3\]"):
         drive(ctx)
     with pytest.raises(TaskError, match="of kind allocate; rtn is of kind layer"):
         drive(ground.context("rtn", "rtn"))
