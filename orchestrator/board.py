@@ -59,15 +59,16 @@ class Board:
         if reply["ok"]:
             self.finished += 1
             if task.type == "evaluate":
-                for trial, goals in self.plan.goals.items():
-                    if goals.evaluate == task.fingerprint:
-                        self.metrics[trial] = reply["result"]
+                self.metrics |= dict.fromkeys(task.trials, reply["result"])
             if not self.live:
                 self.say(f"done   {task.label}  {time.monotonic() - since:.1f} s")
         else:
             follow = "" if final else "; trying again"
             self.say(f"[red]failed[/red] {task.label}: {reply['failure']}: {reply.get('message', '')}{follow}")
         self.draw()
+
+    def elsewhere(self, task: Task, holder: dict[str, Any]) -> None:
+        self.say(f"wait   {task.label}  another driver is at it: process {holder['pid']} on {holder['name']}")
 
     def trial_ended(self, trial: str, status: str, failure: dict[str, Any] | None) -> None:
         mark, colour = MARK[status]

@@ -9,6 +9,8 @@ Exit codes: 0 complete · 1 internal error · 2 usage or config · 3 finished, b
 from __future__ import annotations
 
 import argparse
+import errno
+import importlib
 import os
 import signal
 import sys
@@ -22,6 +24,7 @@ EXAMPLES = """examples:
   pare run experiment=demo                                   the main job on a real model
   pare plan experiment=demo blocks.gptq.recipe.quantize.bits=4,3,2    what would run, what is there already
   pare run recipe=rtn,gptq recipe.quantize.bits=2,3,4        a sweep of your own
+  pare explain gptq-bits=3                                   why its tasks would run again, field by field
   pare report                                                the latest sweep's table
   pare export gptq-bits=3 --to my-model                      a model to take away
 """
@@ -42,7 +45,10 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"pare {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    def verb(name: str, text: str, example: str, json: bool = False) -> argparse.ArgumentParser:
+    def verb(
+        room: str, name: str, text: str, example: str, json: bool = False, sweep: str | None = None, store: bool = False
+    ) -> argparse.ArgumentParser:
+        """room: the module that has the verb's function; sweep: what a sweep that is not named stands for."""
         sub = verbs.add_parser(
             name,
             help=text,
@@ -50,8 +56,13 @@ def parser() -> argparse.ArgumentParser:
             epilog=f"example: {example}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        sub.set_defaults(room=room)
+        if sweep:
+            sub.add_argument("sweep", nargs="?", help=f"id or name; default: {sweep}")
         if json:
             sub.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+        if store:
+            sub.add_argument("--store", metavar="URL", help="of the sweep: all that this machine need know to go on with it")
         return sub
 
     def composed(sub: argparse.ArgumentParser) -> None:
@@ -59,39 +70,76 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--config-dir", metavar="DIR", help="a directory of your own configs, searched first")
         sub.add_argument("-cn", "--config-name", default="config", metavar="NAME", help="root config (default: config)")
         sub.add_argument("-m", "--multirun", action="store_true", help="accepted for Hydra's sake: commas always sweep")
+
+    def printed(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--cfg", choices=["job"], help="print the composed config and stop")
         sub.add_argument("--resolve", action="store_true", help="with --cfg: interpolations resolved")
 
-    plan = verb(
-        "plan", "Show what would run, what is there already, and why; spends nothing.", "pare plan experiment=demo", json=True
-    )
+    def running(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--json", action="store_true", help="print the report as one JSON object at the end")
+        sub.add_argument("--fail-fast", action="store_true", help="stop starting tasks after the first failure")
+
+    latest = "the latest"
+    plan = verb("commands", "plan", "Show what would run, why, and what it takes; spends nothing.",
+                "pare plan experiment=demo --svg plan.svg", json=True)  # fmt: skip
     composed(plan)
+    printed(plan)
     plan.add_argument("--check", action="store_true", help="exit 10 if there is work to do, 0 if not")
-    run = verb("run", "Run an experiment or a recipe; what is in the store is not run again.", "pare run experiment=demo")
+    plan.add_argument("--svg", metavar="FILE", help="draw the graph of tasks there")
+    run = verb("commands", "run", "Run an experiment or a recipe; what is in the store is not run again.",
+               "pare run experiment=demo")  # fmt: skip
     composed(run)
-    run.add_argument("--json", action="store_true", help="print the report as one JSON object at the end")
+    printed(run)
+    running(run)
     run.add_argument("--dry-run", action="store_true", help="the same as `pare plan`")
-    run.add_argument("--fail-fast", action="store_true", help="stop starting tasks after the first failure")
-    resume = verb("resume", "Go on with a sweep, from what the ledger keeps of it.", "pare resume demo cluster.slots=1")
-    resume.add_argument("sweep", nargs="?", help="id or name; default: the latest")
-    resume.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of cluster, tracking, store or budget")
-    resume.add_argument("--json", action="store_true", help="print the report as one JSON object at the end")
-    resume.add_argument("--fail-fast", action="store_true", help="stop starting tasks after the first failure")
-    sync = verb("sync", "Tell MLflow what it has not been told yet.", "pare sync", json=True)
-    sync.add_argument("sweep", nargs="?", help="id or name; default: all")
-    status = verb("status", "Show how far a sweep is, from the ledger alone.", "pare status", json=True)
-    status.add_argument("sweep", nargs="?", help="id or name; default: the latest")
-    report = verb("report", "Print a sweep's table and front; writes nothing.", "pare report demo --format md", json=True)
-    report.add_argument("sweep", nargs="?", help="id or name; default: the latest")
+    resume = verb("commands", "resume", "Go on with a sweep, from what the ledger keeps of it.",
+                  "pare resume demo cluster.slots=1", sweep=latest, store=True)  # fmt: skip
+    retry = verb("commands", "retry-failed", "Try the failed trials of a sweep again.",
+                 "pare retry-failed demo --class oom_host cluster.slots=1", sweep=latest, store=True)  # fmt: skip
+    retry.add_argument("--class", dest="classes", action="append", default=[], metavar="C", help="only failures of this class")
+    rerun = verb("commands", "rerun", "Run one trial of a sweep again; with other values it becomes a sweep of its own.",
+                 "pare rerun gptq-bits=3 recipe.quantize.damping=0.02", store=True)  # fmt: skip
+    rerun.add_argument("trial")
+    for sub in (resume, retry, rerun):
+        about = "of the trial, or of " if sub is rerun else "of "
+        sub.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=about + "cluster, tracking, store or budget")
+        running(sub)
+    explain = verb("reading", "explain", "Say field by field why a trial's tasks, or one task, are new or there already.",
+                   "pare explain gptq-bits=3", json=True, store=True)  # fmt: skip
+    explain.add_argument("what", metavar="TRIAL|TASK", help="a trial, or the beginning of a task's fingerprint")
+    composed(explain)
+    verb("reading", "status", "Show how far a sweep is, from the ledger alone.", "pare status", json=True, sweep=latest,
+         store=True)  # fmt: skip
+    report = verb("reading", "report", "Print a sweep's table and front; writes nothing.", "pare report demo --format md",
+                  json=True, sweep=latest, store=True)  # fmt: skip
     report.add_argument("--format", choices=["table", "md", "html", "json"], default="table")
-    verb("methods", "List the methods, their settings and sources.", "pare methods --json", json=True)
-    export = verb("export", "Copy a trial's exported model to a directory of yours.", "pare export gptq-bits=3 --to my-model")
+    logs = verb("reading", "logs", "Print what a task wrote, or the tasks of a trial that failed or run.",
+                "pare logs gptq-bits=3", json=True, store=True)  # fmt: skip
+    logs.add_argument("what", metavar="TRIAL|TASK", help="a trial, or the beginning of a task's fingerprint")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on printing until the task has ended")
+    verb("reading", "methods", "List the methods, their settings and sources.", "pare methods --json", json=True)
+    export = verb("reading", "export", "Copy a trial's exported model to a directory of yours.",
+                  "pare export gptq-bits=3 --to my-model", store=True)  # fmt: skip
     export.add_argument("trial")
     export.add_argument("--to", metavar="DIR", help="a directory that does not exist yet; default: ./TRIAL")
-    export.add_argument("--sweep", help="id or name; default: the latest")
-    ui = verb("ui", "Serve the MLflow UI on this machine's loopback address.", "pare ui --port 5000")
+    for sub in (rerun, explain, logs, export):
+        sub.add_argument("--sweep", help=f"id or name; default: {latest}")
+    ui = verb("reading", "ui", "Serve the MLflow UI on this machine's loopback address.", "pare ui --port 5000")
     ui.add_argument("--port", type=int, default=5000)
-    verb("doctor", "Check this installation, with remedies.", "pare doctor", json=True)
+    verb("reading", "doctor", "Check this installation, with remedies.", "pare doctor", json=True)
+    verb("upkeep", "sync", "Tell MLflow what it has not been told yet.", "pare sync", json=True, sweep="all")
+    stop = verb("upkeep", "stop", "Ask the driver at work in PARE_HOME to end, and wait until it has.", "pare stop",
+                sweep="whatever runs")  # fmt: skip
+    stop.add_argument("--now", action="store_true", help="by force: running tasks lose what they have not saved")
+    gc = verb("upkeep", "gc", "Free disk: drop what no unfinished work needs, and remove what nobody knows.",
+              "pare gc --keep exports --dry-run", json=True, store=True)  # fmt: skip
+    gc.add_argument("--dry-run", action="store_true", help="say what would go, and leave it")
+    gc.add_argument("--keep", choices=["all", "pareto", "exports"], default="all",
+                    help="whose files stay: all, exports, or exports on the front (default: all)")  # fmt: skip
+    gc.add_argument("--limit-gb", type=float, metavar="N", help="drop intermediates until the store takes no more")
+    fsck = verb("upkeep", "fsck", "Read every byte of the store and say what is damaged; exit 8 if anything is.",
+                "pare fsck --repair", json=True, store=True)  # fmt: skip
+    fsck.add_argument("--repair", action="store_true", help="set damaged artifacts aside, so that the next run makes them anew")
     submit.add_parsers(verbs)
     return top
 
@@ -100,19 +148,22 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     arguments, unknown = parser().parse_known_args(argv)
     if unknown:
-        if arguments.verb not in ("plan", "run") or any(word.startswith("-") for word in unknown):
+        if "overrides" not in arguments or any(word.startswith("-") for word in unknown):
             parser().error(f"unrecognized arguments: {' '.join(unknown)}")
         arguments.overrides += unknown  # argparse stops collecting overrides at an option between them
     signal.signal(signal.SIGTERM, terminated)
     from pare.orchestrator.errors import PareError
+    from pare.workers.blobs import StoreError
 
     try:
-        from pare.orchestrator import commands
-
-        return int(getattr(commands, arguments.verb)(arguments, home()) or 0)
+        room = importlib.import_module(f"pare.orchestrator.{getattr(arguments, 'room', 'commands')}")
+        return int(getattr(room, arguments.verb.replace("-", "_"))(arguments, home()) or 0)
     except PareError as e:
         print(f"pare {arguments.verb}: {e}", file=sys.stderr)
         return e.exit_code
+    except StoreError as e:
+        print(f"pare {arguments.verb}: {e}", file=sys.stderr)
+        return 8 if e.errno in (errno.EINVAL, errno.EPROTONOSUPPORT) else 4
     except KeyboardInterrupt:
         return 130
     except Terminated:

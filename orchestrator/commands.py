@@ -1,4 +1,7 @@
-"""What each verb of the command line does. A function per verb: (arguments, PARE_HOME) -> exit code."""
+"""The verbs that plan and run. As for every verb: a function (arguments, PARE_HOME) -> exit code, named like the verb.
+
+The verbs that only read are in `reading`, those that keep a home and its store in order in `upkeep`.
+"""
 
 from __future__ import annotations
 
@@ -6,321 +9,268 @@ import argparse
 import dataclasses
 import json
 import shlex
-import shutil
 import sys
 from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pare.orchestrator.errors import ConfigError, InfeasibleError, PareError, nearest
+from pare.orchestrator.errors import ConfigError, InfeasibleError, nearest
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from pare.orchestrator.config import Experiment
+    from pare.orchestrator.ledger import Ledger
     from pare.orchestrator.plan import Plan
+    from pare.workers.store import Store
 
 SCHEMA_VERSION = 1
 """Of what `--json` prints."""
 
+MOST_ROWS = 60
+"""Tasks of which each has its row in the table of a plan; of more there is a row for each type and state."""
+
+STYLES = {
+    "new": "[yellow]run[/yellow]",
+    "late": "[cyan]late[/cyan]",
+    "cached": "[dim]cached[/dim]",
+    "unneeded": "[dim]not needed[/dim]",
+}
+"""State of a task -> how the table says it. Late tasks stand for what a query will choose: at most these."""
+
+NO_WORK = {"cached": "its result is in the store", "unneeded": "all that reads it is done"}
+"""State -> why nothing has to be done."""
+
 
 def plan(arguments: argparse.Namespace, home: Path) -> int:
-    """Shows what would run; spends nothing."""
+    """Shows what would run and what it takes; spends nothing."""
     if arguments.cfg:
         return print_config(arguments)
-    from pare.orchestrator import preflight
-    from pare.workers.store import Store
+    from pare.orchestrator import places, preflight
+    from pare.orchestrator.estimate import History
 
     experiment, graph, device = prepare(arguments)
-    store = Store(home / "store")
-    missing = graph.missing(store)
-    problem = None
-    try:
-        preflight.check_feasible(graph, missing, experiment, home, device)
-    except InfeasibleError as e:
-        problem = e
-    new = {task.fingerprint for task in missing}
+    store = places.store_of(home, experiment)
+    ledger = places.ledger_if_any(home)
+    states, told = states_of(graph, store, ledger)
+    tasks = [task for fp, task in graph.tasks.items() if states[fp] in ("new", "late")]
+    history = History.read(ledger)
+    estimates, supply = preflight.forecast(experiment, graph, tasks, device, home, history)
+    said = preflight.summary(graph, states, history, supply, estimates, told)
+    if arguments.svg:
+        from pare.orchestrator import drawing
+
+        Path(arguments.svg).write_text(drawing.svg(graph, states, estimates), encoding="utf-8")
+        say(f"the plan is drawn in {arguments.svg}")
+    problem = "\n".join(short["message"] for short in said["cannot_fit"]) or None
+    if arguments.json:
+        show_json(plan_json(experiment, graph, device, states, said, problem))
+    else:
+        show_plan(experiment, graph, states, said)
+    if problem:
+        raise InfeasibleError(problem)
+    return 10 if arguments.check and tasks else 0
+
+
+def states_of(graph: Plan, store: Store, ledger: Ledger | None = None) -> tuple[dict[str, str], dict[str, str]]:
+    """(fingerprint -> new, late, cached or unneeded; fingerprint -> why, where the records do not say).
+
+    Queries whose candidates have all been scored are answered first, as a run would.
+    """
+    from pare.orchestrator.engine import STOPPED
+
+    graph.answer(store)
+    new, there = {task.fingerprint for task in graph.missing(store)}, store.present(graph.tasks)
     states = {
-        fp: "late" if task.late else "new" if fp in new else "cached" if store.has(fp) else "unneeded"
+        fp: "late" if task.late else "new" if fp in new else "cached" if fp in there else "unneeded"
         for fp, task in graph.tasks.items()
     }
-    if arguments.json:
-        show_json(plan_json(experiment, graph, device, states, problem))
-    else:
-        show_plan(experiment, graph, states)
-    if problem:
-        raise problem
-    return 10 if arguments.check and missing else 0
+    told = dict.fromkeys(new & there, "its files were dropped to save room, and something new needs them")
+    query = (
+        "SELECT fingerprint, failure, MAX(attempt.id) FROM attempt JOIN task USING (fingerprint) WHERE task.status = 'failed'"
+    )
+    for row in ledger.rows(f"{query} GROUP BY fingerprint") if ledger else ():
+        failure = row["failure"]
+        told[row["fingerprint"]] = "it was stopped" if failure == STOPPED else f"it failed when it was last tried: {failure}"
+    return states, told
 
 
 def plan_json(
-    experiment: Experiment, graph: Plan, device: str, states: dict[str, str], problem: Exception | None
+    experiment: Experiment, graph: Plan, device: str, states: Mapping[str, str], said: Mapping[str, Any], problem: str | None
 ) -> dict[str, Any]:
     """The object that `pare plan --json` prints."""
-    count = Counter(states.values())
     return {
         "schema_version": SCHEMA_VERSION,
         "name": experiment.name,
         "device": device,
-        "tasks": {"total_if_separate": graph.total_if_separate, "unique": len(graph.tasks), **count},
-        "infeasible": str(problem) if problem else None,
+        **{key: value for key, value in said.items() if key != "new"},
+        "infeasible": problem,
         "trials": [
             {"trial": t.name, "recipe": t.recipe, "overrides": t.overrides, "skipped": t.skipped} for t in experiment.trials
         ],
         "plan": [
             {
-                "task": t.fingerprint[:12],
-                "fingerprint": t.fingerprint,
+                "task": fp[:12],
+                "fingerprint": fp,
                 "type": t.type,
                 "label": t.label,
-                "state": states[t.fingerprint],
+                "state": states[fp],
+                **(said["new"].get(fp) or {"why": NO_WORK[states[fp]]}),
                 "trials": t.trials,
                 "inputs": t.inputs,
             }
-            for t in graph.tasks.values()
+            for fp, t in graph.tasks.items()
         ],
     }
 
 
-def show_plan(experiment: Experiment, graph: Plan, states: dict[str, str]) -> None:
-    """The plan as a table, producers first."""
-    from rich.console import Console
+def show_plan(experiment: Experiment, graph: Plan, states: Mapping[str, str], said: Mapping[str, Any]) -> None:
+    """The plan as a table, producers first, and below it what it takes."""
     from rich.table import Table
 
-    # Late tasks stand for what a query will choose: at most these.
-    styles = {
-        "new": "[yellow]run[/yellow]",
-        "late": "[cyan]late[/cyan]",
-        "cached": "[dim]cached[/dim]",
-        "unneeded": "[dim]not needed[/dim]",
-    }
-    count = Counter(states.values())
-    table = Table(title=f"plan of {experiment.name}: {count['new']} to run, {count['cached']} cached")
-    for column in ("", "task", "what", "used by"):
-        table.add_column(column, no_wrap=column in ("", "task"))
-    for task in graph.tasks.values():
-        users = task.trials[0] if len(task.trials) == 1 else f"{len(task.trials)} trials"
-        table.add_row(styles[states[task.fingerprint]], task.fingerprint[:12], task.label, users)
-    console = Console()
+    from pare.orchestrator.preflight import duration, footer
+
+    count, new = Counter(states.values()), said["new"]
+    table = Table(title=f"plan of {experiment.name}: {count['new'] + count['late']} to run, {count['cached']} cached")
+    rows: dict[tuple[str, str], list[str]] = {}
+    for fp, task in graph.tasks.items():
+        rows.setdefault((states[fp], fp if len(graph.tasks) <= MOST_ROWS else task.type), []).append(fp)
+    one_each = len(rows) == len(graph.tasks)
+    for column in ("", "task", "what", "used by", "time", "why"):
+        table.add_column(
+            column, no_wrap=column in ("", "task"), justify="right" if column == "time" else "left", overflow="fold"
+        )
+    for (state, key), own in rows.items():
+        users = {name for fp in own for name in graph.tasks[fp].trials}
+        whys = Counter(new[fp]["why"] if one_each else in_general(new[fp]["why"]) for fp in own if fp in new)
+        why = "; ".join(f"{said} ({n:,})" if len(whys) > 1 else said for said, n in whys.most_common(3))
+        what = (own[0][:12], graph.tasks[own[0]].label) if one_each else (f"{len(own):,} x", key)
+        used = next(iter(users)) if len(users) == 1 else f"{len(users):,} trials"
+        time = duration(sum(new[fp]["wall_s"] for fp in own)) if own[0] in new else ""
+        table.add_row(STYLES[state], *what, used, time, why)
+    console = wide_console()
     console.print(table)
-    for trial in experiment.trials:
-        if trial.skipped:
-            console.print(f"skipped {trial.name}: {trial.skipped}", highlight=False)
+    skipped = [trial for trial in experiment.trials if trial.skipped]
+    lines = [f"skipped {trial.name}: {trial.skipped}" for trial in skipped[:MOST_ROWS]]
+    lines += [f"and {len(skipped) - MOST_ROWS} more trials are skipped"] if len(skipped) > MOST_ROWS else []
     separate, merged = graph.total_if_separate, len(graph.tasks)
-    console.print(
-        f"{len(experiment.trials)} trials one by one would be {separate} tasks; merged they are {merged}.", highlight=False
-    )
+    lines.append(f"{len(experiment.trials)} trials one by one would be {separate} tasks; merged they are {merged}.")
+    lines += footer(said)
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def in_general(why: str) -> str:
+    """A reason without what holds for one task alone.
+
+    >>> in_general("its model is new: rtn rtn-bits=3"), in_general("spec.settings.bits 3 -> 4, spec.settings.g 32 -> 64")
+    ('its model is new', 'spec.settings.bits, spec.settings.g')
+    """
+    return ", ".join(part.split(" ")[0] for part in why.split(", ")) if " -> " in why else why.split(":")[0]
 
 
 def run(arguments: argparse.Namespace, home: Path) -> int:
     """Runs what is missing and reports."""
     if arguments.dry_run or arguments.cfg:
-        arguments.check = False
+        arguments.check, arguments.svg = False, None
         return plan(arguments, home)
-    from pare.orchestrator import drive
-
     say("reading the configuration")
     experiment, graph, device = prepare(arguments)
-    return drive.run(experiment, graph, device, home, command_line(), fail_fast=arguments.fail_fast, as_json=arguments.json)
+    return drive(arguments, home, experiment, graph, device, command_line())
 
 
 def resume(arguments: argparse.Namespace, home: Path) -> int:
     """Goes on with a sweep as the ledger keeps it, whatever has become of the files it was configured with."""
-    from contextlib import closing
+    named, overrides = name_and_overrides(arguments)
+    sweep, experiment, _ = restored(arguments, home, named, overrides)
+    return drive(arguments, home, experiment, *planned(experiment), sweep["command"])
 
-    from pare.orchestrator import config, drive, preflight
-    from pare.orchestrator.ledger import Ledger
+
+def retry_failed(arguments: argparse.Namespace, home: Path) -> int:
+    """Tries the failed trials of a sweep again, of some classes or all."""
+    from pare.orchestrator.engine import RETRIES
+
+    named, overrides = name_and_overrides(arguments)
+    sweep, experiment, rows = restored(arguments, home, named, overrides)
+    classes = {row["name"]: json.loads(row["failure"])["failure"] for row in rows if row["status"] == "failed"}
+    for wanted in arguments.classes:
+        if wanted not in {*RETRIES, *classes.values()}:
+            raise ConfigError(f"--class {wanted}: there is no such class of failure. There is: {', '.join(sorted(RETRIES))}.")
+    only = [name for name, failure in classes.items() if not arguments.classes or failure in arguments.classes]
+    if not only:
+        found = ", ".join(f"{n} {failure}" for failure, n in Counter(classes.values()).items()) or "none"
+        say(f"sweep {sweep['id']} has no failed trials to try again (failed: {found})")
+        return 0
+    return drive(arguments, home, experiment, *planned(experiment), sweep["command"], only=only)
+
+
+def rerun(arguments: argparse.Namespace, home: Path) -> int:
+    """Runs one trial again, as it was or with other values, which makes it a sweep of its own."""
+    from pare.orchestrator import config, places
+    from pare.orchestrator.trials import SWEEP_PARTS
+
+    whole = [text for text in arguments.overrides if text.split("=")[0].split(".")[0] in SWEEP_PARTS]
+    values = [text for text in arguments.overrides if text not in whole]
+    sweep, experiment, _ = restored(arguments, home, arguments.sweep, whole)
+    trial = next((t for t in experiment.trials if t.name == arguments.trial), None)
+    if trial is None:
+        names = [t.name for t in experiment.trials]
+        raise ConfigError(f"sweep {sweep['id']} has no trial {arguments.trial!r}.{nearest(arguments.trial, names)}")
+    if trial.skipped and not values:
+        raise ConfigError(f"trial {trial.name} was skipped: {trial.skipped}. Try: pare rerun {trial.name} KEY=VALUE")
+    if values:
+        name = f"{experiment.name}-{trial.name}"
+        experiment = dataclasses.replace(experiment, name=name, trials=[config.changed(trial, values)])
+        return drive(arguments, home, experiment, *planned(experiment), command_line())
+    graph, device = planned(experiment)
+    states_of(graph, places.store_of(home, experiment))
+    tasks = [graph.tasks[fp] for fp in graph.goals[trial.name].tasks]
+    again = {task.fingerprint for task in tasks if len(task.trials) == 1 and not task.late}
+    return drive(arguments, home, experiment, graph, device, sweep["command"], only=[trial.name], again=again)
+
+
+def drive(
+    arguments: argparse.Namespace, home: Path, experiment: Experiment, graph: Plan, device: str, command: str,
+    only: Collection[str] | None = None, again: Collection[str] = (),
+) -> int:  # fmt: skip
+    from pare.orchestrator import drive as driver
+
+    options: dict[str, Any] = {"fail_fast": arguments.fail_fast, "as_json": arguments.json, "only": only, "again": again}
+    return driver.run(experiment, graph, device, home, command, **options)
+
+
+def name_and_overrides(arguments: argparse.Namespace) -> tuple[str | None, list[str]]:
+    """`pare resume cluster.slots=1` names no sweep."""
+    named, overrides = arguments.sweep, list(arguments.overrides)
+    return (None, [named, *overrides]) if named and "=" in named else (named, overrides)
+
+
+def restored(
+    arguments: argparse.Namespace, home: Path, named: str | None, overrides: Sequence[str] = ()
+) -> tuple[dict[str, Any], Experiment, list[dict[str, Any]]]:
+    """(row of a sweep in the ledger, the experiment that it is, rows of its trials)."""
+    from pare.orchestrator import config, places
+
+    with closing(places.ledger_of(home, arguments.store)) as ledger:
+        sweep = dict(ledger.find_sweep(named))
+        rows = [dict(row) for row in ledger.trials(sweep["id"])]
+    about = json.loads(sweep["about"])
+    if "common" not in about:
+        raise ConfigError(f"sweep {sweep['id']} was run by an older Pare. Go on with: {sweep['command']}")
+    place = [f"store.url={json.dumps(arguments.store)}"] if arguments.store else []
+    experiment = config.restore(rows, about["common"], [*place, *overrides])
+    refuse_unbuilt(experiment)
+    return sweep, experiment, rows
+
+
+def planned(experiment: Experiment) -> tuple[Plan, str]:
+    """(plan, device) of an experiment."""
+    from pare.orchestrator import preflight
     from pare.orchestrator.plan import build_plan
 
-    named, overrides = arguments.sweep, list(arguments.overrides)
-    if named and "=" in named:  # `pare resume cluster.slots=1`
-        named, overrides = None, [named, *overrides]
-    with closing(Ledger(home)) as ledger:
-        sweep = ledger.find_sweep(named)
-        about = json.loads(sweep["about"])
-        if "common" not in about:
-            raise ConfigError(f"sweep {sweep['id']} was run by an older Pare. Go on with: {sweep['command']}")
-        experiment = config.restore([dict(row) for row in ledger.trials(sweep["id"])], about["common"], overrides)
-    refuse_unbuilt(experiment)
     device = preflight.device_for(experiment)
-    graph = build_plan(experiment, device, preflight.cores_for(experiment, device))
-    return drive.run(experiment, graph, device, home, sweep["command"], fail_fast=arguments.fail_fast, as_json=arguments.json)
-
-
-def sync(arguments: argparse.Namespace, home: Path) -> int:
-    """Empties the outbox."""
-    from pare.orchestrator import outbox
-
-    sent, left, problems = outbox.sync(home, arguments.sweep)
-    if arguments.json:
-        show_json({"schema_version": SCHEMA_VERSION, "sent": sent, "left": left, "problems": problems})
-    else:
-        print(f"{sent} rows told to MLflow, {left} left")
-        for problem in problems:
-            say(problem)
-    return 6 if left or problems else 0
-
-
-def status(arguments: argparse.Namespace, home: Path) -> int:
-    """How far a sweep is, from the ledger alone."""
-    from pare.orchestrator.ledger import Ledger
-
-    ledger = Ledger(home)
-    sweep = ledger.find_sweep(arguments.sweep)
-    last = ledger.last_run(sweep["id"])
-    trials = ledger.trials(sweep["id"])
-    counts: dict[str, int] = {}
-    fingerprints = {fp for trial in trials for fp in (json.loads(trial["goals"]) or {"tasks": []})["tasks"]}
-    tasks = ledger.tasks(sorted(fingerprints))
-    for task in tasks.values():
-        counts[task["status"]] = counts.get(task["status"], 0) + 1
-    running = [task["label"] for task in tasks.values() if task["status"] == "running"]
-    if arguments.json:
-        show_json(
-            {
-                "schema_version": SCHEMA_VERSION,
-                "sweep": sweep["id"],
-                "status": last["status"],
-                "tasks": counts,
-                "running": running,
-                "trials": [{"trial": t["name"], "status": t["status"], "failure": json.loads(t["failure"])} for t in trials],
-            }
-        )
-        return 0
-    print(f"sweep {sweep['id']}: {last['status']}; tasks: " + ", ".join(f"{n} {state}" for state, n in sorted(counts.items())))
-    for trial in trials:
-        failure = json.loads(trial["failure"])
-        print(f"  {trial['status']:8} {trial['name']}" + (f"  {failure['failure']}: {failure['message']}" if failure else ""))
-    for label in running:
-        print(f"  now: {label}")
-    return 0
-
-
-def report(arguments: argparse.Namespace, home: Path) -> int:
-    """Prints a sweep's report; writes nothing."""
-    from pare.orchestrator.ledger import Ledger
-    from pare.orchestrator.record import build_record
-    from pare.tracking import plots
-    from pare.tracking import report as render
-    from pare.workers.store import Store
-
-    ledger = Ledger(home)
-    record = build_record(ledger, Store(home / "store"), ledger.find_sweep(arguments.sweep)["id"])
-    if arguments.json or arguments.format == "json":
-        show_json(record)
-    elif arguments.format == "md":
-        print(render.markdown(record))
-    elif arguments.format == "html":
-        print(render.html(record, {name: plots.svg(figure) for name, figure in plots.draw(record).items()}))
-    else:
-        from rich.console import Console
-
-        Console().print(render.terminal(record))
-    return 0
-
-
-def methods(arguments: argparse.Namespace, home: Path) -> int:
-    """Lists the methods."""
-    from pare.methods.contract import family, field_docs, load_all
-    from pare.orchestrator.plan import default_of
-
-    found: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "kind": cls.kind,
-            "family": family(cls),
-            "needs": [s.name for s in cls.needs],
-            "summary": (sys.modules[cls.__module__].__doc__ or "").strip().split("\n")[0],
-            "source": cls.source,
-            "extra": cls.extra,
-            "settings": [
-                {"name": f.name, "type": str(f.type), "default": default_of(f), "doc": field_docs(cls).get(f.name, "")}
-                for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-            ],
-        }
-        for name, cls in sorted(load_all().items())
-    ]
-    if arguments.json:
-        show_json(found)
-        return 0
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="methods", show_lines=True)
-    for column in ("method", "kind", "family", "what", "settings"):
-        table.add_column(column)
-    for entry in found:
-        settings = ", ".join(f"{s['name']}={s['default']}" for s in entry["settings"])
-        table.add_row(
-            entry["name"], entry["kind"], entry["family"], f"{entry['summary']}\n[dim]{entry['source']}[/dim]", settings
-        )
-    Console().print(table)
-    return 0
-
-
-def export(arguments: argparse.Namespace, home: Path) -> int:
-    """Copies a trial's exported model to a directory."""
-    from pare.orchestrator.ledger import Ledger
-    from pare.orchestrator.record import build_record
-    from pare.workers.export import adapter
-    from pare.workers.export.card import with_metrics
-    from pare.workers.store import MANIFEST, ArtifactError, Store
-
-    ledger = Ledger(home)
-    sweep = ledger.find_sweep(arguments.sweep)
-    trials = {trial["name"]: trial for trial in ledger.trials(sweep["id"])}
-    if arguments.trial not in trials:
-        raise ConfigError(f"sweep {sweep['id']} has no trial {arguments.trial!r}.{nearest(arguments.trial, trials)}")
-    goals = json.loads(trials[arguments.trial]["goals"])
-    store = Store(home / "store")
-    target = Path(arguments.to or arguments.trial)
-    if target.exists():
-        raise ConfigError(f"--to {target}: exists already; name a directory that does not")
-    try:
-        source = store.open(goals["export"]) if goals else None
-    except ArtifactError as e:
-        raise ConfigError(f"{e}. Make it again: {sweep['command']}") from e
-    if source is None:
-        raise ConfigError(f"trial {arguments.trial} was skipped; it has no export")
-    partial = target.with_name(target.name + ".partial")
-    shutil.copytree(source, partial, ignore=shutil.ignore_patterns(MANIFEST))
-    partial.rename(target)
-    if (target / "adapter_config.json").exists():
-        adapter.relocate(target)
-    record = build_record(ledger, store, sweep["id"])
-    metrics = next(t["metrics"] for t in record["trials"] if t["trial"] == arguments.trial)
-    (target / "README.md").write_text(with_metrics((target / "README.md").read_text(), metrics))
-    about = json.loads((target / "export.json").read_text())
-    print(f"{target}: {about['format']}, opens with {about['opens_with']}")
-    return 0
-
-
-def ui(arguments: argparse.Namespace, home: Path) -> int:
-    """Serves the MLflow UI."""
-    from pare.orchestrator.outbox import tracking_place
-    from pare.tracking import ui as server
-
-    uri, artifacts, _ = tracking_place(home)
-    if uri == "auto" and not (home / "mlflow.db").exists():
-        raise ConfigError(f"nothing is tracked in {home} yet. Try: pare run experiment=demo")
-    try:
-        server.serve(uri, artifacts, port=arguments.port)
-    except server.UiError as e:
-        raise PareError(str(e)) from e
-    return 0
-
-
-def doctor(arguments: argparse.Namespace, home: Path) -> int:
-    """Checks the installation."""
-    from pare.orchestrator import doctor as clinic
-
-    findings = clinic.examine(home)
-    if arguments.json:
-        show_json({"schema_version": SCHEMA_VERSION, "findings": findings})
-    else:
-        for finding in findings:
-            print(f"{ {'ok': '✓', 'warn': '!', 'fail': '✗'}[finding['state']] } {finding['what']}: {finding['found']}")
-            if finding["remedy"]:
-                print(f"    {finding['remedy']}")
-    return 0 if all(f["state"] != "fail" for f in findings) else 4
+    return build_plan(experiment, device, preflight.cores_for(experiment, device)), device
 
 
 def submit(arguments: argparse.Namespace, home: Path) -> int:
@@ -337,29 +287,19 @@ def jobs(arguments: argparse.Namespace, home: Path) -> int:
     return cluster.jobs(arguments, home)
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[Any, Any, str]:
+def prepare(arguments: argparse.Namespace) -> tuple[Experiment, Plan, str]:
     """(experiment, plan, device) of a command's overrides."""
-    from pare.orchestrator import config, preflight
-    from pare.orchestrator.plan import build_plan
+    from pare.orchestrator import config
 
     experiment = config.load(arguments.overrides, arguments.config_dir, arguments.config_name)
     refuse_unbuilt(experiment)
-    device = preflight.device_for(experiment)
-    return experiment, build_plan(experiment, device, preflight.cores_for(experiment, device)), device
+    return (experiment, *planned(experiment))
 
 
 def refuse_unbuilt(experiment: Experiment) -> None:
     """Settings that the configuration knows and this version does not honour yet are refused, not passed over."""
-    cluster, store = experiment.cluster, experiment.store
-    for key, value, default in (
-        ("cluster.address", cluster.address, "local"),
-        ("cluster.gpus", cluster.gpus, None),
-        ("cluster.gpu_memory_gb", cluster.gpu_memory_gb, None),
-        ("cluster.labels", cluster.labels, {}),
-        ("store.url", store.url, None),
-        ("store.keep", store.keep, "all"),
-        ("store.limit_gb", store.limit_gb, None),
-    ):
+    store = experiment.store
+    for key, value, default in (("store.keep", store.keep, "all"), ("store.limit_gb", store.limit_gb, None)):
         if value != default:
             raise ConfigError(f"{key}={value}: this version does not honour it yet. Try: {key}={json.dumps(default)}")
 
@@ -373,6 +313,15 @@ def print_config(arguments: argparse.Namespace) -> int:
     with config.session(arguments.overrides, arguments.config_dir, arguments.config_name) as composer:
         print(OmegaConf.to_yaml(composer.top(), resolve=arguments.resolve), end="")
     return 0
+
+
+def wide_console() -> Console:
+    """On stdout, as wide as the terminal; wide enough for a table where there is none."""
+    import shutil
+
+    from rich.console import Console
+
+    return Console(width=None if shutil.get_terminal_size((0, 0)).columns else 140)
 
 
 def show_json(value: Any) -> None:

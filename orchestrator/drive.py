@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,12 +20,18 @@ from pare.orchestrator import hardware, preflight
 from pare.orchestrator.board import Board, stderr_console
 from pare.orchestrator.config import Experiment, Trial
 from pare.orchestrator.engine import Engine, Limits, register
+from pare.orchestrator.errors import BusyError
+from pare.orchestrator.estimate import Estimate, History
 from pare.orchestrator.fingerprint import digest, version
+from pare.orchestrator.lease import Leases
 from pare.orchestrator.ledger import Ledger
 from pare.orchestrator.outbox import Tracker, place_to_keep, tracking_place
+from pare.orchestrator.places import store_of
 from pare.orchestrator.plan import Plan, Task
-from pare.orchestrator.pool import InlinePool, Pool, RayPool
+from pare.orchestrator.pool import InlinePool, Pool
+from pare.orchestrator.ray_pool import RayPool
 from pare.orchestrator.record import build_record, outcome_digest, trial_uid
+from pare.orchestrator.segments import Segments
 from pare.tracking import report as render
 from pare.workers.store import Store
 
@@ -42,23 +48,31 @@ def run(
     fail_fast: bool = False,
     as_json: bool = False,
     pool: Pool | None = None,
+    only: Collection[str] | None = None,
+    again: Collection[str] = (),
 ) -> int:
-    """Runs what is missing, shows it, reports. Returns the exit code."""
+    """Runs what is missing, shows it, reports. Returns the exit code.
+
+    only: names of the trials to work on; the others stay as they are (None: all). again: tasks to run although they are done.
+    """
     console = stderr_console()
-    store = Store(home / "store")
-    missing = plan.missing(store)
-    preflight.check_feasible(plan, missing, experiment, home, device)
-    ledger = Ledger(home, write=True)
-    sweep = sweep_id(experiment)
-    try:
+    store = store_of(home, experiment)
+    plan.answer(store)
+    missing = plan.missing(store, only, again)
+    slots = experiment.cluster.slots or hardware.cores()
+    with contextlib.closing(Ledger(home, write=True)) as ledger:
+        estimates = preflight.estimates_of(plan, missing, device, slots, History.read(ledger))
+        preflight.check_feasible(plan, missing, experiment, home, device, estimates)
+        sweep = sweep_id(experiment)
         store.remove_dead_attempts()
         register(plan, store, ledger)
-        cached = len(plan.tasks) - len(missing)
-        run_id = ledger.start_run(
-            sweep, experiment.name, command, about(experiment, plan), len(plan.tasks), plan.total_if_separate, cached
-        )
+        cached = sum(not task.late for task in plan.tasks.values()) - len(missing)
+        described = about(experiment, plan)
+        run_id = ledger.start_run(sweep, experiment.name, command, described, len(plan.tasks), plan.total_if_separate, cached)
+        known = {row["name"] for row in ledger.trials(sweep)} if only is not None else set()
         for position, trial in enumerate(experiment.trials):
-            ledger.put_trial(sweep, position, trial_row(trial, plan))
+            if only is None or trial.name in only or trial.name not in known:
+                ledger.put_trial(sweep, position, trial_row(trial, plan))
         console.print(
             f"sweep [bold]{sweep}[/bold]: {len(experiment.trials)} trials, {len(plan.tasks)} tasks "
             f"({plan.total_if_separate} if each trial ran alone), {cached} need not run, {len(missing)} to run",
@@ -68,12 +82,24 @@ def run(
         tracking = experiment.tracking
         place_of = tracking_place(home, tracking.uri, tracking.experiment)
         tracker = Tracker(home, sweep, store, place_of, tracking.enabled)
+        segments = Segments(ledger, store.blobs, sweep)
+        leases = Leases(store.blobs, ledger.id) if experiment.store.url else None
+        if leases:
+            refuse_busy([plan.tasks[fp] for fp in again], leases)
         ledger.post(sweep, "", "sweep", None)
         ledger.commit()
         state, code = "interrupted", 0
         try:
-            with engine_pool(pool, missing, experiment, device, home, plan) as place:
-                engine = Engine(plan, store, ledger, run_id, sweep, place, home, device, limits(experiment, fail_fast))
+            with engine_pool(pool, missing, experiment, device, home, plan, estimates) as place:
+                engine = Engine(
+                    plan, store, ledger, run_id, sweep, place, home, device, limits(experiment, fail_fast),
+                    estimates=estimates,
+                    missing=missing,
+                    only=only,
+                    again=again,
+                    leases=leases,
+                    committed=segments.write,
+                )  # fmt: skip
                 if missing:
                     tracker.start()
                 with Telling(ledger, sweep, plan, len(missing), console) as board, interruptible(engine, board.say):
@@ -86,6 +112,9 @@ def run(
         finally:
             ledger.end_run(run_id, state)
             ledger.commit()
+            if leases:
+                leases.close()
+            segments.write(at_once=True)
             if state == "interrupted":
                 reason = engine.stopping if code else "interrupted"
                 console.print(f"\n{reason}; what is finished is kept. Go on with:\n  {command}", highlight=False, markup=False)
@@ -105,8 +134,17 @@ def run(
         if behind:
             console.print(behind, highlight=False, markup=False, soft_wrap=True)
         return code or (3 if state == "failed" else 6 if behind else 0)
-    finally:
-        ledger.close()
+
+
+def refuse_busy(tasks: list[Task], leases: Leases) -> None:
+    """What is to run again must not be in the hands of another driver: its result would not be this run's."""
+    for task in tasks:
+        if not leases.take(task.fingerprint) and (holder := leases.holder(task.fingerprint)):
+            leases.close()
+            raise BusyError(
+                f"'{task.label}' is being made by another driver, process {holder['pid']} on {holder['name']}. Wait for it, or "
+                "stop it there (pare stop)"
+            )
 
 
 def limits(experiment: Experiment, fail_fast: bool) -> Limits:
@@ -128,14 +166,21 @@ def sweep_id(experiment: Experiment) -> str:
 
 @contextlib.contextmanager
 def engine_pool(
-    pool: Pool | None, missing: list[Any], experiment: Experiment, device: str, home: Path, plan: Plan
+    pool: Pool | None,
+    missing: list[Task],
+    experiment: Experiment,
+    device: str,
+    home: Path,
+    plan: Plan,
+    estimates: Mapping[str, Estimate],
 ) -> Iterator[Pool]:
     """The given pool, or a Ray of our own; nothing is started when nothing is missing."""
     if pool is None:
         if not missing:
             yield InlinePool(slots=0)
             return
-        pool = RayPool(preflight.slots_for(experiment, device, missing, plan), device, home)
+        slots = preflight.slots_for(experiment, device, missing, plan, estimates)
+        pool = RayPool(slots, device, home, experiment.cluster)
     try:
         yield pool
     finally:
@@ -153,7 +198,7 @@ class Telling(Board):
         for step, values in points:
             for name, value in values.items():
                 for trial in task.trials:
-                    body = {"name": f"{CURVES[task.type]}/{name}", "step": step, "value": value}
+                    body = {"name": f"{CURVES.get(task.type, task.type)}/{name}", "step": step, "value": value}
                     self.ledger.post(self.sweep, trial_uid(self.sweep, trial), "point", body)
 
     def trial_ended(self, trial: str, status: str, failure: dict[str, Any] | None) -> None:
@@ -161,8 +206,8 @@ class Telling(Board):
         self.ledger.post(self.sweep, trial_uid(self.sweep, trial), "trial", None)
 
 
-CURVES = {"train": "train", "allocate": "search"}
-"""Task type -> what the names of its curves begin with."""
+CURVES = {"allocate": "search"}
+"""Task type -> what the names of its curves begin with, where that is not the type."""
 
 
 @contextlib.contextmanager
@@ -193,6 +238,7 @@ def about(experiment: Experiment, plan: Plan) -> dict[str, Any]:
     tracking = experiment.tracking
     return {
         "common": experiment.common(),
+        "store": experiment.store.url,
         "tracking": place_to_keep(tracking.uri, tracking.experiment) if tracking.enabled else None,
         "base": {
             "name": first.model.name or first.model.path,

@@ -12,16 +12,19 @@ from __future__ import annotations
 import heapq
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from pare.orchestrator.estimate import Estimate
 from pare.orchestrator.fingerprint import DEPENDS_ON_DEVICE, canonical
+from pare.orchestrator.lease import Leases
 from pare.orchestrator.ledger import Ledger
 from pare.orchestrator.plan import NoMembersError, Plan, Task
-from pare.orchestrator.pool import Pool, Reply
+from pare.orchestrator.pool import Pool, Reply, Room
+from pare.orchestrator.schedule import ranks
 from pare.workers.run import Coordination
 from pare.workers.store import Store
 
@@ -52,6 +55,8 @@ STOPPED = "stopped"
 WAIT_S = 0.25
 LOOK_EVERY_S = 1.0
 """Between two looks at how far the running tasks are."""
+ELSEWHERE_EVERY_S = 2.0
+"""Between two looks at what other drivers have made."""
 
 
 class Listener(Protocol):
@@ -64,6 +69,10 @@ class Listener(Protocol):
     def points(self, task: Task, points: list[tuple[int, dict[str, float]]]) -> None: ...
 
     def ended(self, task: Task, reply: Reply, final: bool) -> None: ...
+
+    def elsewhere(self, task: Task, holder: dict[str, Any]) -> None:
+        """Another driver is at the task (see `lease`)."""
+        ...
 
     def trial_ended(self, trial: str, status: str, failure: dict[str, Any] | None) -> None: ...
 
@@ -128,17 +137,35 @@ class Engine:
         home: Path,
         device: str,
         limits: Limits,
-        ranks: Mapping[str, float] | None = None,
+        estimates: Mapping[str, Estimate] | None = None,
+        missing: Iterable[Task] | None = None,
+        only: Collection[str] | None = None,
+        again: Collection[str] = (),
+        leases: Leases | None = None,
+        committed: Callable[[], None] = lambda: None,
     ) -> None:
+        """estimates: fingerprint -> estimate. Ready tasks are chosen by the time to the end of all that waits for them.
+        missing: what is to run; None: what the store lacks. only: trials to work on (None: all); the others count as settled.
+        again: those of them that have been made before. leases: where others work on the store, too.
+        committed: called whenever the ledger is on the disk.
+        """
         self.plan, self.store, self.ledger, self.run, self.sweep = plan, store, ledger, run, sweep
         self.pool, self.home, self.device, self.limits = pool, home, device, limits
-        self.ranks = ranks or {}
+        self.estimates = estimates or {}
+        self.leases, self.committed = leases, committed
+        self.anew = set(again)
+        self.only = only
         self.failed: dict[str, dict[str, Any]] = {}
         self.failures: Counter[tuple[str, str]] = Counter()
         self.running: dict[int, Job] = {}
         self.searches: dict[str, Search] = {}
         self.attempts: dict[str, int] = {}
-        self.settled: set[str] = set()
+        self.settled: set[str] = set() if only is None else set(plan.goals) - set(only)
+        self.begun: set[str] = set()
+        self.ended = 0
+        """Trials of which something ran and that are settled."""
+        self.elsewhere: dict[str, Task] = {}
+        """Tasks that another driver is at."""
         self.jobs = 0
         self.stopping: str | None = None
         """Why nothing more is started, if so."""
@@ -146,22 +173,28 @@ class Engine:
         """Number of the signal that asked for the end, if one did."""
         self.spent_gpu_s = 0.0
         self._since = time.monotonic()
-        self._looked = 0.0
+        self._looked = self._looked_elsewhere = 0.0
         self._thinkers = ThreadPoolExecutor(max_workers=4, thread_name_prefix="search")
         self._order: dict[str, int] = {}
-        self.stock(plan.missing(store))
+        self.stock(plan.missing(store, only) if missing is None else missing)
 
     # -- the graph of what is missing ----------------------------------------------------------------------------
 
     def stock(self, missing: Iterable[Task]) -> None:
         """Takes the missing tasks in, producers first."""
         self.missing = {task.fingerprint: task for task in missing}
+        there = self.store.present(self.missing) if self.leases else ()
+        self.anew = {fp for fp in there if fp in self.anew or not self.store.held(fp)}
+        """Missing tasks that have been made before: because they are to run again, or their files were dropped."""
         self.consumers: dict[str, list[str]] = {}
         self.needs: dict[str, int] = {}
         self.ready: list[tuple[float, int, str]] = []
         self.alone: dict[str, list[Task]] = {}
+        self.solo: deque[Task] = deque()
         self.ends: dict[str, list[str]] = {}
         self.open: dict[str, int] = {}
+        durations = {fp: self.estimates[fp].wall_s if fp in self.estimates else 0.0 for fp in self.missing}
+        self.ranks = ranks(list(self.missing.values()), durations)
         self.admit(self.missing.values())
         for trial in self.plan.goals:
             self.watch(trial)
@@ -182,7 +215,9 @@ class Engine:
         """A task whose inputs are all there."""
         if task.fingerprint in self.failed:
             return
-        if task.type in ALONE:
+        if self.failures[task.fingerprint, "oom_host"] and task.type not in COORDINATED:
+            self.solo.append(task)
+        elif task.type in ALONE:
             self.alone.setdefault(canonical([task.type, task.spec]), []).append(task)
         else:
             heapq.heappush(
@@ -210,15 +245,21 @@ class Engine:
                 self.check_budget()
                 self.think(listener)
                 self.start(listener)
-                self.ledger.commit()
-                if not self.running and not any(search.thinking for search in self.searches.values()):
+                self.commit()
+                waits = self.elsewhere and not self.stopping
+                if not self.running and not waits and not any(search.thinking for search in self.searches.values()):
                     break
                 for job, replies in self.pool.wait(WAIT_S):
                     self.take_in(job, replies, listener)
                 self.look(listener)
+                self.look_elsewhere(listener)
         finally:
             self._thinkers.shutdown(wait=False, cancel_futures=True)
-            self.ledger.commit()
+            self.commit()
+
+    def commit(self) -> None:
+        self.ledger.commit()
+        self.committed()
 
     def stop(self, reason: str) -> None:
         """Starts nothing more; what runs is asked to save its state and end."""
@@ -229,18 +270,24 @@ class Engine:
         limits = self.limits
         if self.interrupted and not self.stopping:
             self.stop("interrupted")
-        ended = sum(1 for trial in self.settled if self.plan.goals[trial].tasks)
         for name, allowed, spent in (
             ("wall_s", limits.wall_s, time.monotonic() - self._since),
             ("gpu_hours", limits.gpu_hours, self.spent_gpu_s / 3600),
-            ("trials", limits.trials, ended),
+            ("trials", limits.trials, self.ended),
         ):
             if allowed is not None and spent >= allowed and not self.stopping and (self.missing or self.running):
                 self.stop(f"budget.{name}={allowed:g} is spent")
 
     def start(self, listener: Listener) -> None:
-        """Hands probes and ready tasks to free slots, the longest way to the end first; tasks that run alone come last."""
+        """Hands probes and ready tasks to free slots, the longest way to the end first; tasks that run alone come last.
+
+        What ran out of the machine's memory is tried again before all others, with nothing beside it.
+        """
         if self.stopping:
+            return
+        if self.solo:
+            if not self.running:
+                self.launch([self.solo.popleft()], listener)
             return
         while self.pool.idle() > 0:
             search = next((s for s in self.searches.values() if s.waiting), None)
@@ -251,9 +298,9 @@ class Engine:
             if task is None:
                 break
             self.launch([task], listener)
-        if self.running or self.searches or self.ready or any(t.type not in ALONE for t in self.unblocked()):
+        if not self.alone or self.running or self.searches or self.ready or self.elsewhere:
             return
-        if self.alone:
+        if not any(task.type not in ALONE for task in self.unblocked()):
             self.launch(self.alone.pop(next(iter(self.alone))), listener)
 
     def unblocked(self) -> Iterable[Task]:
@@ -283,10 +330,16 @@ class Engine:
         }
 
     def launch(self, tasks: list[Task], listener: Listener) -> None:
+        tasks = [task for task in tasks if self.is_ours(task, listener)]
+        if not tasks:
+            return
         for task in tasks:
-            self.attempts[task.fingerprint] = self.ledger.start_attempt(task.fingerprint, self.run)
+            self.attempts[task.fingerprint] = self.ledger.start_attempt(
+                task.fingerprint, self.run, self.estimates.get(task.fingerprint)
+            )
             listener.started(task, sum(n for (fp, _), n in self.failures.items() if fp == task.fingerprint) + 1)
-        for trial in {name for task in tasks for name in task.trials} - self.settled:
+        for trial in {name for task in tasks for name in task.trials} - self.begun - self.settled:
+            self.begun.add(trial)
             self.ledger.set_trial(self.sweep, trial, "running")
         if tasks[0].type in COORDINATED:
             search = Search(tasks[0], Coordination(self.request(tasks[0])))
@@ -295,7 +348,13 @@ class Engine:
             return
         self.jobs += 1
         self.running[self.jobs] = Job(tasks)
-        self.pool.submit(self.jobs, [self.request(task) for task in tasks], whole_machine=tasks[0].type in ALONE)
+        self.pool.submit(self.jobs, [self.request(task) for task in tasks], self.room_of(tasks[0]))
+
+    def room_of(self, task: Task) -> Room:
+        """What ran out of memory gets more of it."""
+        if task.type in ALONE or self.failures[task.fingerprint, "oom_host"]:
+            return Room.MACHINE
+        return Room.DEVICE if self.failures[task.fingerprint, "oom_gpu"] else Room.SLOT
 
     def take_in(self, job: int, replies: list[Reply], listener: Listener) -> None:
         """Writes down how a job ended. A worker that died gives one reply for all its tasks."""
@@ -321,8 +380,10 @@ class Engine:
         for trial in list(self.ends.get(task.fingerprint, ())) if reply["ok"] else []:
             self.open[trial] -= 1
             self.settle(trial, listener)
+        if final:
+            self.release(task)
         if final and not reply["ok"]:
-            for trial in list(self.plan.goals):
+            for trial in [*task.trials, *self.plan.late]:
                 self.settle(trial, listener)
 
     def done(self, fingerprint: str) -> None:
@@ -352,8 +413,10 @@ class Engine:
 
     def restock(self) -> None:
         """Works out anew what is missing: an artifact has been taken out of the store. What runs goes on."""
-        busy = {task.fingerprint for job in self.running.values() for task in job.tasks} | set(self.searches)
-        self.stock(self.plan.missing(self.store))
+        busy = (
+            {task.fingerprint for job in self.running.values() for task in job.tasks} | set(self.searches) | set(self.elsewhere)
+        )
+        self.stock(self.plan.missing(self.store, [trial for trial in self.plan.goals if trial not in self.settled]))
         self.ready = [entry for entry in self.ready if entry[2] not in busy]
         heapq.heapify(self.ready)
 
@@ -390,6 +453,7 @@ class Engine:
 
     def end_trial(self, trial: str, status: str, cause: dict[str, Any] | None, listener: Listener) -> None:
         self.settled.add(trial)
+        self.ended += trial in self.begun
         self.ledger.set_trial(self.sweep, trial, status, cause)
         listener.trial_ended(trial, status, cause)
 
@@ -413,12 +477,62 @@ class Engine:
         register_tasks(new, self.store, self.ledger)
         goals = self.plan.goals[trial]
         self.ledger.set_goals(self.sweep, trial, vars(goals))
-        wanted = [fp for fp in goals.tasks if fp not in self.missing and not self.store.has(fp)]
-        fresh = [self.plan.tasks[fp] for fp in wanted if fp in self.plan.tasks]
+        fresh = [task for task in self.plan.missing(self.store, [trial]) if task.fingerprint not in self.missing]
+        self.ledger.count_cached(self.run, len(new) - len(fresh))
         self.missing |= {task.fingerprint: task for task in fresh}
         self.admit(fresh)
         self.watch(trial)
         return True
+
+    # -- other drivers -------------------------------------------------------------------------------------------
+
+    def is_ours(self, task: Task, listener: Listener) -> bool:
+        """Whether this driver may start the task; else another one is at it, or has just made it."""
+        if self.leases is None:
+            return True
+        if not self.leases.take(task.fingerprint):
+            self.elsewhere[task.fingerprint] = task
+            if holder := self.leases.holder(task.fingerprint):
+                listener.elsewhere(task, holder)
+            return False
+        if task.fingerprint not in self.anew and self.store.has(task.fingerprint):
+            self.leases.release(task.fingerprint)
+            self.made_elsewhere(task, listener)
+            return False
+        return True
+
+    def release(self, task: Task) -> None:
+        if self.leases:
+            self.leases.release(task.fingerprint)
+
+    def made_elsewhere(self, task: Task, listener: Listener) -> None:
+        """Takes over a result that another driver has published."""
+        manifest = self.store.manifest(task.fingerprint)
+        self.ledger.put_result(task.fingerprint, manifest["digest"], manifest["result"], manifest["cost"])
+        self.ledger.count_cached(self.run, 1)
+        self.done(task.fingerprint)
+        listener.ended(task, {"ok": True, "elsewhere": True, **manifest}, True)
+        for trial in list(self.ends.get(task.fingerprint, ())):
+            self.open[trial] -= 1
+            self.settle(trial, listener)
+
+    def look_elsewhere(self, listener: Listener) -> None:
+        """What others have published, and what they have let go of."""
+        if self.leases is None:
+            return
+        self.leases.beat()
+        now = time.monotonic()
+        if not self.elsewhere or now - self._looked_elsewhere < ELSEWHERE_EVERY_S:
+            return
+        self._looked_elsewhere = now
+        there = self.store.present(self.elsewhere)
+        for fingerprint, task in list(self.elsewhere.items()):
+            if fingerprint in there and fingerprint not in self.anew:
+                del self.elsewhere[fingerprint]
+                self.made_elsewhere(task, listener)
+            elif self.leases.take(fingerprint):
+                del self.elsewhere[fingerprint]
+                self.queue(task)
 
     # -- searches ------------------------------------------------------------------------------------------------
 
@@ -460,7 +574,7 @@ class Engine:
         request = {**self.request(search.task), "probes": [search.probes[i] for i in numbers]}
         self.jobs += 1
         self.running[self.jobs] = Job([search.task], numbers)
-        self.pool.submit(self.jobs, [request], whole_machine=False)
+        self.pool.submit(self.jobs, [request], self.room_of(search.task))
 
     def take_in_probes(self, job: Job, reply: Reply) -> None:
         """Scores of some probes. A share that was lost is handed out again, as often as a task would be."""

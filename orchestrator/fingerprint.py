@@ -53,9 +53,12 @@ DEPENDS_ON_DEVICE = frozenset({"calibrate", "compress", "train", "merge", "alloc
 """Task types whose numbers differ between a CPU and a GPU."""
 
 
+ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
 def canonical(value: Any) -> str:
     """JSON with sorted keys and no spaces: equal values have equal text in every process."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return ENCODER.encode(value)
 
 
 def digest(value: Any) -> str:
@@ -92,10 +95,17 @@ def version(distribution: str) -> str | None:
         return None
 
 
+CODE: dict[str, dict[str, str]] = {}
+"""Every code digest that was asked for in this process -> what it covers: module -> digest of its tree."""
+
+
 @functools.cache
 def code_digest(entries: tuple[str, ...]) -> str:
     """Digest of the code that the modules `entries` run."""
-    return digest({name: tree_digest(source_file(name)) for name in sorted(closure(entries))})
+    trees = {name: tree_digest(source_file(name)) for name in sorted(closure(entries))}
+    found = digest(trees)
+    CODE[found] = trees
+    return found
 
 
 def closure(entries: Iterable[str]) -> set[str]:

@@ -70,17 +70,22 @@ def free_memory(limit_gb: float | None = None) -> int:
 
 def free_gpu_memory() -> int | None:
     """Bytes free on the fullest of the visible GPUs; None without a driver."""
-    try:
-        out = subprocess.run(
-            ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"],
-            capture_output=True, text=True, timeout=20, check=True,
-        ).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None
-    free = [int(line) << 20 for line in out.split() if line.isdigit()]
+    free = gpu_memory("memory.free")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     chosen = free if visible is None else [free[int(i)] for i in visible.split(",") if i.isdigit() and int(i) < len(free)]
     return min(chosen, default=None)
+
+
+def gpu_memory(field: str = "memory.total") -> list[int]:
+    """Bytes of each GPU of this machine, visible to this process or not; empty without a driver."""
+    try:
+        out = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"],
+            capture_output=True, text=True, timeout=20, check=True,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [int(line) << 20 for line in out.split() if line.isdigit()]
 
 
 def free_disk(path: Path, limit_gb: float | None = None) -> int:

@@ -2,23 +2,22 @@
 
 Both return plain data. Several sweeps, ledgers and users share a store, so `gc` asks all of them: what any of them knows
 is never removed; at most its files are dropped, and its manifest stays and counts as done. `known` makes one picture of
-the rows of any number of ledgers; what a ledger is only seen to mention (`mentioned`) is left alone.
+the rows of any number of ledgers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import re
+import os
 import time
-import zlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
-from pare.workers.blobs import Blobs
+from pare.workers.blobs import Blobs, local_path
 from pare.workers.store import ArtifactError, Store
 
 KEEP = ("all", "pareto", "exports")
@@ -66,7 +65,7 @@ class Known:
     trials: list[KnownTrial] = field(default_factory=list)
 
 
-def known(tasks: Iterable[Mapping[str, Any]], trials: Iterable[Mapping[str, Any]]) -> Known:
+def known(tasks: Iterable[Any], trials: Iterable[Any]) -> Known:
     """From rows of the tables `task` and `trial`, of one ledger or of several one after the other.
 
     A task is done when one of them says so.
@@ -81,19 +80,6 @@ def known(tasks: Iterable[Mapping[str, Any]], trials: Iterable[Mapping[str, Any]
     for row in trials:
         final = row["status"] not in ("pending", "running")
         found.trials.append(KnownTrial(row["sweep"], row["name"], final, json.loads(row["goals"] or "null") or {}))
-    return found
-
-
-def mentioned(blobs: Blobs, except_ledgers: Collection[str] = ()) -> set[str]:
-    """Fingerprints that stand in the segments of ledgers (`ledger/<id>/<n>.jsonl`), whatever their rows say."""
-    found: set[str] = set()
-    for key in blobs.list("ledger"):
-        if PurePosixPath(key).parts[1] in except_ledgers:
-            continue
-        data = blobs.read(key)
-        with contextlib.suppress(zlib.error):  # plain text
-            data = zlib.decompress(data)
-        found.update(m.decode() for m in re.findall(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])", data))
     return found
 
 
@@ -157,7 +143,7 @@ def gc(
     limit_bytes: float | None = None,
     dry_run: bool = True,
     front: Collection[tuple[str, str]] = (),
-    elsewhere: Collection[str] = (),
+    spared: Collection[str] = (),
     grace_s: float = GRACE_S,
 ) -> dict[str, Any]:
     """What may go, or went: {"before_bytes", "after_bytes", "over_limit_bytes", "dry_run", "items": [...]}.
@@ -165,9 +151,10 @@ def gc(
     Files of an intermediate are dropped once everything that reads it is done, with keep="exports" or "pareto", or as far as
     the limit asks for it: first what gives most bytes per second of making it anew. Exports stay; with "pareto" those of
     `front`, [(sweep, trial), ...], and of trials that are not over. Removed altogether is only what no ledger knows, when it
-    is older than `grace_s` and no lease is on it.
+    is older than `grace_s` and no lease is on it. So are checkpoints of tasks that no ledger knows or that are done.
+    `spared` are fingerprints of which nothing goes.
 
-    items: {"action": "drop" | "remove" | "discard", "name", "label", "bytes", "why"}, in the order of their going.
+    items: {"action": "drop" | "remove" | "discard", "name", "type", "label", "bytes", "why"}, in the order of their going.
     """
     if keep not in KEEP:
         raise ValueError(f"store.keep must be one of {', '.join(KEEP)}, got {keep!r}")
@@ -181,29 +168,36 @@ def gc(
     users = Counter(file.key for own in files.values() for file in own)
     leftovers = store.leftovers()
     sizes = {file.key: file.bytes for own in files.values() for file in own}
-    total = before = sum(sizes.values()) + sum(leftover.bytes for leftover in leftovers)
+    checkpoints = of_checkpoints(store.blobs)
+    total = before = sum(sizes.values()) + sum(x.bytes for x in leftovers) + sum(n for _, n, _ in checkpoints.values())
     leased = {PurePosixPath(key).name for key in store.blobs.list("leases")}
-    held = in_use(ledgers, leased) | set(elsewhere)
+    held = in_use(ledgers, leased) | set(spared)
     items: list[dict[str, Any]] = []
 
-    def go(action: str, name: str, label: str, freed: int, why: str) -> None:
+    def go(action: str, name: str, kind: str, label: str, freed: int, why: str) -> None:
         nonlocal total
         total -= freed
-        items.append({"action": action, "name": name, "label": label, "bytes": freed, "why": why})
+        items.append({"action": action, "name": name, "type": kind, "label": label, "bytes": freed, "why": why})
 
     def take(action: str, fingerprint: str, label: str, why: str) -> None:
         """An artifact's files; those that another artifact shares by a hard link free nothing."""
         going = {file.key for file in files.pop(fingerprint) if action == "remove" or not file.light}
         users.subtract(going)
-        go(action, fingerprint, label, sum(sizes[key] for key in going if not users[key]), why)
+        go(action, fingerprint, manifests[fingerprint]["type"], label, sum(sizes[key] for key in going if not users[key]), why)
         if not dry_run:
             store.drop_files(fingerprint) if action == "drop" else store.remove(fingerprint)
 
     for leftover in leftovers:
         if leftover.kind == "dead" or leftover.age_s > grace_s:
-            go("discard", leftover.name, leftover.kind, leftover.bytes, "left behind")
+            go("discard", leftover.name, leftover.kind, "", leftover.bytes, "left behind")
             if not dry_run:
                 store.discard(leftover)
+    for fingerprint, (keys, size, age_s) in checkpoints.items():
+        is_over = fingerprint in manifests or fingerprint not in ledgers.tasks
+        if is_over and fingerprint not in held and age_s > grace_s:
+            go("discard", f"checkpoints/{fingerprint}", "checkpoint", "", size, "its task is done, or no ledger knows it")
+            for key in [] if dry_run else keys:
+                store.blobs.delete(key)
     for fingerprint, manifest in manifests.items():
         unknown = fingerprint not in ledgers.tasks and fingerprint not in held
         if unknown and time.time() - manifest["published"] > grace_s:
@@ -237,6 +231,8 @@ def gc(
                 continue
             take("drop", fingerprint, task.label, why)
             progress = True
+    if not dry_run:
+        remove_empty_folders(store)
     over = max(0, int(total - limit_bytes)) if limit_bytes is not None else 0
     return {"before_bytes": before, "after_bytes": total, "over_limit_bytes": over, "dry_run": dry_run, "items": items}
 
@@ -256,3 +252,22 @@ def in_use(ledgers: Known, leased: Collection[str] = ()) -> set[str]:
             held.add(fingerprint)
             waiting += ledgers.tasks[fingerprint].stands_on if fingerprint in ledgers.tasks else []
     return held
+
+
+def of_checkpoints(blobs: Blobs) -> dict[str, tuple[list[str], int, float]]:
+    """Fingerprint -> keys of the task's checkpoint, their bytes, and seconds since the last of them was written."""
+    found: dict[str, tuple[list[str], int, float]] = {}
+    for key, size, age_s in blobs.details("checkpoints"):
+        keys, total, age = found.get(key.split("/")[1], ([], 0, age_s))
+        found[key.split("/")[1]] = ([*keys, key], total + size, min(age, age_s))
+    return found
+
+
+def remove_empty_folders(store: Store) -> None:
+    """Folders of a local store in which nothing is left. Whoever writes into one makes it anew."""
+    root = local_path(store.location)
+    if root is not None:
+        for name in ("objects", "checkpoints", "ledger", "nondeterminism", "quarantine"):
+            for folder, _, _ in os.walk(root / name, topdown=False):
+                with contextlib.suppress(OSError):  # not empty
+                    os.rmdir(folder)

@@ -3,37 +3,45 @@
 MLflow, reports and `pare status` are projections of it. A task is done when its artifact is in the store; the ledger
 row follows the publication, and the next driver copies it from the manifest after a crash in between. Writes gather in
 one transaction until `commit`, so that a thousand small tasks do not wait for a thousand flushes of the disk.
+
+`changed` collects which rows were written: `segments` takes them from there into the store, for readers elsewhere.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
+import secrets
 import sqlite3
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pare.orchestrator.errors import BusyError, ConfigError, LedgerError, nearest
 
-FORMAT = "1"
+FORMAT = "2"
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT);
 CREATE TABLE IF NOT EXISTS sweep (id TEXT PRIMARY KEY, name TEXT, command TEXT, created REAL, about TEXT);
-CREATE TABLE IF NOT EXISTS run (id INTEGER PRIMARY KEY, sweep TEXT, started REAL, finished REAL, status TEXT, pid INTEGER,
+CREATE TABLE IF NOT EXISTS run (id INTEGER PRIMARY KEY, sweep TEXT, started REAL, finished REAL, status TEXT, driver TEXT,
   total_if_separate INTEGER, unique_tasks INTEGER, executed INTEGER DEFAULT 0, cached INTEGER DEFAULT 0);
 CREATE TABLE IF NOT EXISTS trial (sweep TEXT, name TEXT, position INTEGER, block TEXT, recipe TEXT, overrides TEXT, config TEXT,
   goals TEXT, status TEXT, failure TEXT, PRIMARY KEY (sweep, name));
 CREATE TABLE IF NOT EXISTS task (fingerprint TEXT PRIMARY KEY, type TEXT, label TEXT, record TEXT, status TEXT, digest TEXT,
   result TEXT, cost TEXT, finished REAL);
 CREATE TABLE IF NOT EXISTS attempt (id INTEGER PRIMARY KEY, fingerprint TEXT, run INTEGER, number INTEGER, started REAL,
-  finished REAL, status TEXT, failure TEXT, message TEXT, cost TEXT);
+  finished REAL, status TEXT, failure TEXT, message TEXT, cost TEXT, estimate TEXT);
 CREATE TABLE IF NOT EXISTS tracked (sweep TEXT PRIMARY KEY, digest TEXT);
 CREATE TABLE IF NOT EXISTS outbox (id INTEGER PRIMARY KEY, sweep TEXT, uid TEXT, kind TEXT, body TEXT);
 CREATE INDEX IF NOT EXISTS attempt_of ON attempt (fingerprint);
 """
+
+Change = tuple[str, str, str | int]
+"""(table, sweep or nothing, key): a row that was written."""
 
 
 class Ledger:
@@ -42,6 +50,7 @@ class Ledger:
     def __init__(self, home: Path, write: bool = False) -> None:
         self.path = home / "ledger.db"
         self._lock: int | None = None
+        self.changed: dict[Change, None] = {}
         if write:
             home.mkdir(parents=True, exist_ok=True)
             self._take_lock(home)
@@ -57,13 +66,19 @@ class Ledger:
                 self.db.execute("PRAGMA synchronous=FULL")
                 self.db.executescript(TABLES)
                 self.db.execute("INSERT OR IGNORE INTO meta VALUES ('format', ?)", (FORMAT,))
+                self.db.execute("INSERT OR IGNORE INTO meta VALUES ('id', ?)", (secrets.token_hex(8),))
             found = self.db.execute("SELECT value FROM meta WHERE key = 'format'").fetchone()[0]
         except sqlite3.DatabaseError as e:
             raise LedgerError(
                 f"{self.path} cannot be read as a ledger: {e}. Move it away; artifacts in the store are kept."
             ) from e
         if found != FORMAT:
-            raise LedgerError(f"{self.path} has format {found}, this version of Pare reads format {FORMAT}")
+            raise LedgerError(
+                f"{self.path} has format {found}, this version of Pare reads format {FORMAT}. Move it away, or choose another "
+                "PARE_HOME; artifacts in the store are kept."
+            )
+        self.id: str = self.db.execute("SELECT value FROM meta WHERE key = 'id'").fetchone()[0]
+        """Tells this ledger, and so the driver that writes it, from others."""
 
     def _take_lock(self, home: Path) -> None:
         self._lock = os.open(home / "driver.lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -94,38 +109,65 @@ class Ledger:
 
     def write(self, statement: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
         """Part of the transaction that the next `commit` ends."""
-        if not self.db.in_transaction:
-            self.db.execute("BEGIN IMMEDIATE")
-        return self.db.execute(statement, values)
+        with self._explained():
+            if not self.db.in_transaction:
+                self.db.execute("BEGIN IMMEDIATE")
+            return self.db.execute(statement, values)
 
     def commit(self) -> None:
         """Puts on the disk, at once and whole, what was written since the last time."""
-        if self.db.in_transaction:
-            self.db.execute("COMMIT")
+        with self._explained():
+            if self.db.in_transaction:
+                self.db.execute("COMMIT")
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.OperationalError as e:
+            raise LedgerError(
+                f"{self.path} cannot be written: {e}. Make room on its disk and see to it that this user may write there, or "
+                "choose another PARE_HOME. What is in the store is kept; the same command goes on from there."
+            ) from e
 
     def start_run(
         self, sweep: str, name: str, command: str, about: dict[str, Any], unique: int, separate: int, cached: int
     ) -> int:
-        """Records that a driver took up a sweep; attempts of dead drivers become `lost`."""
-        self.write(
-            "UPDATE attempt SET status = 'lost', failure = 'lost_driver', finished = ? WHERE status = 'running'", (now(),)
-        )
-        self.write("UPDATE run SET status = 'interrupted' WHERE status = 'running'")
-        self.write("UPDATE trial SET status = 'pending' WHERE status = 'running'")
+        """Records that a driver took up a sweep; what this ledger's dead drivers were at becomes `lost`."""
+        for row in self.rows("SELECT id, sweep FROM run WHERE status = 'running' AND driver = ?", self.id):
+            for attempt in self.rows("SELECT id FROM attempt WHERE status = 'running' AND run = ?", row["id"]):
+                self.write(
+                    "UPDATE attempt SET status = 'lost', failure = 'lost_driver', finished = ? WHERE id = ?",
+                    (now(), attempt["id"]),
+                )
+                self.changed["attempt", "", attempt["id"]] = None
+            self.write("UPDATE run SET status = 'interrupted' WHERE id = ?", (row["id"],))
+            self.changed["run", "", row["id"]] = None
+            for trial in self.rows("SELECT name FROM trial WHERE status = 'running' AND sweep = ?", row["sweep"]):
+                self.set_trial(row["sweep"], trial["name"], "pending")
         self.write(
             "INSERT INTO sweep VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (id) DO UPDATE SET command = excluded.command, about = excluded.about",
             (sweep, name, command, now(), json.dumps(about)),
         )
-        cursor = self.write(
-            "INSERT INTO run (sweep, started, status, pid, total_if_separate, unique_tasks, cached) "
-            "VALUES (?, ?, 'running', ?, ?, ?, ?)",
-            (sweep, now(), os.getpid(), separate, unique, cached),
+        self.changed["sweep", "", sweep] = None
+        run = new_id()
+        self.write(
+            "INSERT INTO run (id, sweep, started, status, driver, total_if_separate, unique_tasks, cached) "
+            "VALUES (?, ?, ?, 'running', ?, ?, ?, ?)",
+            (run, sweep, now(), self.id, separate, unique, cached),
         )
-        return int(cursor.lastrowid or 0)
+        self.changed["run", "", run] = None
+        return run
 
     def end_run(self, run: int, status: str) -> None:
         self.write("UPDATE run SET status = ?, finished = ? WHERE id = ?", (status, now(), run))
+        self.changed["run", "", run] = None
+
+    def count_cached(self, run: int, n: int) -> None:
+        """So many tasks more need not run."""
+        self.write("UPDATE run SET cached = cached + ? WHERE id = ?", (n, run))
+        self.changed["run", "", run] = None
 
     def put_trial(self, sweep: str, position: int, trial: dict[str, Any]) -> None:
         self.write(
@@ -145,14 +187,17 @@ class Ledger:
                 json.dumps(trial["failure"]),
             ),
         )
+        self.changed["trial", sweep, trial["name"]] = None
 
     def set_trial(self, sweep: str, name: str, status: str, failure: dict[str, Any] | None = None) -> None:
         self.write(
             "UPDATE trial SET status = ?, failure = ? WHERE sweep = ? AND name = ?", (status, json.dumps(failure), sweep, name)
         )
+        self.changed["trial", sweep, name] = None
 
     def set_goals(self, sweep: str, name: str, goals: dict[str, Any]) -> None:
         self.write("UPDATE trial SET goals = ? WHERE sweep = ? AND name = ?", (json.dumps(goals), sweep, name))
+        self.changed["trial", sweep, name] = None
 
     def put_task(self, fingerprint: str, kind: str, label: str, record: dict[str, Any], status: str) -> None:
         self.write(
@@ -160,15 +205,21 @@ class Ledger:
             "ON CONFLICT (fingerprint) DO UPDATE SET status = excluded.status",
             (fingerprint, kind, label, json.dumps(record), status),
         )
+        self.changed["task", "", fingerprint] = None
 
-    def start_attempt(self, fingerprint: str, run: int) -> int:
+    def start_attempt(self, fingerprint: str, run: int, estimate: Any = None) -> int:
+        """estimate: a dataclass of what the attempt was expected to cost."""
         number = self.rows("SELECT COUNT(*) FROM attempt WHERE fingerprint = ?", fingerprint)[0][0] + 1
-        cursor = self.write(
-            "INSERT INTO attempt (fingerprint, run, number, started, status) VALUES (?, ?, ?, ?, 'running')",
-            (fingerprint, run, number, now()),
+        attempt = new_id()
+        self.write(
+            "INSERT INTO attempt (id, fingerprint, run, number, started, status, estimate) "
+            "VALUES (?, ?, ?, ?, ?, 'running', ?)",
+            (attempt, fingerprint, run, number, now(), json.dumps(vars(estimate)) if estimate else None),
         )
         self.write("UPDATE task SET status = 'running' WHERE fingerprint = ?", (fingerprint,))
-        return int(cursor.lastrowid or 0)
+        self.changed["attempt", "", attempt] = None
+        self.changed["task", "", fingerprint] = None
+        return attempt
 
     def end_attempt(self, attempt: int, run: int, reply: dict[str, Any]) -> None:
         """Writes one attempt's outcome and, if it went well, the task's result."""
@@ -184,17 +235,21 @@ class Ledger:
                 attempt,
             ),
         )
+        self.changed["attempt", "", attempt] = None
+        self.changed["run", "", run] = None
         if ok:
             self.put_result(reply["fingerprint"], reply["digest"], reply["result"], reply["cost"])
             self.write("UPDATE run SET executed = executed + 1 WHERE id = ?", (run,))
         else:
             self.write("UPDATE task SET status = 'failed' WHERE fingerprint = ?", (reply["fingerprint"],))
+            self.changed["task", "", reply["fingerprint"]] = None
 
     def put_result(self, fingerprint: str, digest: str, result: Any, cost: dict[str, Any]) -> None:
         self.write(
             "UPDATE task SET status = 'done', digest = ?, result = ?, cost = ?, finished = ? WHERE fingerprint = ?",
             (digest, json.dumps(result), json.dumps(cost), now(), fingerprint),
         )
+        self.changed["task", "", fingerprint] = None
 
     def set_tracked(self, sweep: str, digest: str) -> None:
         self.write("INSERT OR REPLACE INTO tracked VALUES (?, ?)", (sweep, digest))
@@ -245,3 +300,8 @@ class Ledger:
 
 def now() -> float:
     return time.time()
+
+
+def new_id() -> int:
+    """Grows with time, and no two ledgers make the same: milliseconds, then 20 random bits."""
+    return time.time_ns() // 1_000_000 << 20 | secrets.randbits(20)

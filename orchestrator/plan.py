@@ -17,10 +17,11 @@ chosen, and `Plan.resolve` puts the true ones in their place.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -105,18 +106,23 @@ class Plan:
         """Tasks there would be if no two trials shared one."""
         return sum(len(goals.tasks) for goals in self.goals.values())
 
-    def missing(self, store: Store) -> list[Task]:
-        """Tasks that have to run, producers first.
+    def missing(self, store: Store, trials: Iterable[str] | None = None, again: Collection[str] = ()) -> list[Task]:
+        """Tasks that have to run for `trials` (None: all), producers first.
 
-        A task runs if its result is wanted and not in the store; an intermediate is wanted only by a task that runs.
+        A task runs if its result is wanted and not in the store, or if it is to run `again`; an intermediate is wanted only
+        by a task that runs, and then with its files, which may have been dropped.
         """
         wanted: set[str] = set()
-        waiting = [fp for trial in self.goals for fp in self.wanted_of(trial)]
+        there = store.present(self.tasks)
+        waiting = [(fp, False) for trial in (self.goals if trials is None else trials) for fp in self.wanted_of(trial)]
+        waiting += [(fp, False) for fp in again]
         while waiting:
-            fingerprint = waiting.pop()
-            if fingerprint not in wanted and not store.has(fingerprint):
+            fingerprint, is_read = waiting.pop()
+            if fingerprint in wanted:
+                continue
+            if fingerprint not in there or fingerprint in again or (is_read and not store.held(fingerprint)):
                 wanted.add(fingerprint)
-                waiting += self.tasks[fingerprint].inputs.values()
+                waiting += [(fp, True) for fp in self.tasks[fingerprint].inputs.values()]
         return [task for fp, task in self.tasks.items() if fp in wanted]
 
     def wanted_of(self, trial: str) -> list[str]:
@@ -126,6 +132,14 @@ class Plan:
         goals = self.goals[trial]
         return [*goals.ends, *([goals.speed] if goals.speed else [])]
 
+    def answer(self, store: Store) -> None:
+        """Answers the queries of late trials whose candidates have all been scored before."""
+        for trial, late in list(self.late.items()):
+            fingerprints = list(late.candidates.values())
+            if store.present(fingerprints) == set(fingerprints):
+                with contextlib.suppress(NoMembersError):  # the engine says so when it comes to the trial
+                    self.resolve(trial, {fp: store.manifest(fp)["result"] for fp in fingerprints})
+
     def resolve(self, trial: str, results: Mapping[str, Mapping[str, Any] | None]) -> list[Task]:
         """Answers a late trial's query and puts its true tasks in place of those that stood for them. Returns the new ones.
 
@@ -134,10 +148,13 @@ class Plan:
         Raises:
             NoMembersError: no candidate is left.
         """
-        late = self.late.pop(trial)
+        late = self.late[trial]
         scored = {name: results[fp]["quality/ppl"] for name, fp in late.candidates.items() if results[fp] is not None}  # type: ignore[index]
         query = late.trial.stages[0].members
         members: Members = [*select(scored, query.top if query else None)]
+        if not members:
+            raise NoMembersError(f"none of the trials to be merged has finished: {', '.join(late.candidates)}")
+        del self.late[trial]
         kept = []
         for fingerprint in self.goals[trial].tasks:
             task = self.tasks[fingerprint]
@@ -148,8 +165,6 @@ class Plan:
             if not task.trials:
                 del self.tasks[fingerprint]
         self.goals[trial].tasks = kept
-        if not members:
-            raise NoMembersError(f"none of the trials to be merged has finished: {', '.join(late.candidates)}")
         assert self.builder is not None
         known = set(self.tasks)
         self.builder.add_trial(late.trial, members, kept)
@@ -177,7 +192,8 @@ def build_plan(experiment: Experiment, device: str, threads: int) -> Plan:
     """
     plan = Plan()
     plan.builder = builder = Builder(plan, device, threads)
-    waiting = {trial.name: trial for trial in experiment.trials if not trial.skipped}
+    runnable = [trial for trial in experiment.trials if not trial.skipped]
+    waiting = {trial.name: trial for trial in runnable}
     builder.order = list(waiting)
     while waiting:
         # A trial that merges others comes after them; their artifacts must be known.
@@ -186,7 +202,7 @@ def build_plan(experiment: Experiment, device: str, threads: int) -> Plan:
             raise ConfigError(f"trials that merge each other: {', '.join(waiting)}")
         for trial in ready:
             del waiting[trial.name]
-            members = candidates_of(trial, [t for t in experiment.trials if not t.skipped])
+            members = candidates_of(trial, runnable)
             if trial.stages and trial.stages[0].members and not members:
                 raise ConfigError(f"block {trial.block!r}: its members query finds no trial")
             builder.add_trial(trial, [(name, None) for name in members] if members else None)

@@ -50,6 +50,20 @@ def estimates_of(plan: Plan, tasks: Sequence[Task], device: str, slots: int, his
     return Estimator(plan, history or History({}, {}), device, slots).estimates(tasks) if tasks else {}
 
 
+def forecast(
+    experiment: Experiment, plan: Plan, tasks: list[Task], device: str, home: Path, history: History
+) -> tuple[Estimates, Supply]:
+    """What `tasks` will cost, and what there is to run them on: as many slots as fit into memory together.
+
+    Of a cluster nobody has asked yet, so many slots are taken as this machine has.
+    """
+    most = len(experiment.cluster.gpus or hardware.gpus()) if device == "cuda" else 0
+    most = experiment.cluster.slots or most or hardware.cores()
+    estimates = estimates_of(plan, tasks, device, most, history)
+    slots = slots_for(experiment, device, tasks, plan, estimates) or most
+    return estimates, supply(experiment, home, device, slots)
+
+
 def shortages(plan: Plan, tasks: Sequence[Task], estimates: Estimates, there: Supply) -> list[dict[str, Any]]:
     """What does not fit: `what`, `task` and `label` where it is one task, `need_bytes`, `have_bytes`, `message`."""
     if not tasks:
@@ -100,12 +114,15 @@ def check_feasible(
         raise InfeasibleError(short["message"])
 
 
-def slots_for(experiment: Experiment, device: str, missing: list[Task], plan: Plan, estimates: Estimates | None = None) -> int:
-    """Tasks that run at once: one per core or GPU, fewer where the largest of them do not fit into memory together."""
-    if experiment.cluster.slots:
+def slots_for(
+    experiment: Experiment, device: str, missing: list[Task], plan: Plan, estimates: Estimates | None = None
+) -> int | None:
+    """Tasks that run at once: one per core, fewer where the largest of them do not fit into memory together.
+
+    None: as many as there are shares of GPUs, or room on the cluster.
+    """
+    if experiment.cluster.slots or device == "cuda" or experiment.cluster.address != "local":
         return experiment.cluster.slots
-    if device == "cuda":
-        return max(1, len(experiment.cluster.gpus or hardware.gpus()))
     cores = hardware.cores()
     estimates = estimates_of(plan, missing, device, cores) if estimates is None else estimates
     free, fit = hardware.free_memory(experiment.cluster.memory_gb), 0
@@ -123,8 +140,12 @@ def cores_for(experiment: Experiment, device: str) -> int:
 def device_for(experiment: Experiment) -> str:
     """cpu or cuda; `auto` takes the GPU where one answers."""
     wanted = experiment.cluster.device
-    if wanted == "cuda" and not hardware.gpus():
+    if wanted == "cuda" and experiment.cluster.address == "local" and not hardware.gpus():
         raise InfeasibleError("cluster.device=cuda, but no GPU answers here (nvidia-smi). Try: cluster.device=auto")
+    if experiment.cluster.gpus and experiment.cluster.address == "local":
+        there = len(hardware.gpu_memory())
+        if max(experiment.cluster.gpus) >= there:
+            raise InfeasibleError(f"cluster.gpus={experiment.cluster.gpus}: this machine has {there} GPUs, numbered from 0")
     return wanted if wanted != "auto" else ("cuda" if hardware.gpus() else "cpu")
 
 
@@ -132,11 +153,16 @@ def device_for(experiment: Experiment) -> str:
 
 
 def summary(
-    plan: Plan, states: Mapping[str, str], history: History, there: Supply, estimates: Estimates | None = None
+    plan: Plan,
+    states: Mapping[str, str],
+    history: History,
+    there: Supply,
+    estimates: Estimates | None = None,
+    told: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """What would run, why, and what it takes, as plain JSON.
 
-    states: fingerprint -> new, late (both would run), cached or unneeded.
+    states: fingerprint -> new, late (both would run), cached or unneeded; told: see `explain.reasons`.
     """
     tasks = [task for fp, task in plan.tasks.items() if states[fp] in ("new", "late")]
     if estimates is None:
@@ -144,7 +170,7 @@ def summary(
     durations = {task.fingerprint: estimates[task.fingerprint].wall_s for task in tasks}
     times = schedule(tasks, durations, there.slots, TOGETHER)
     largest = max(tasks, key=lambda task: estimates[task.fingerprint].peak_bytes, default=None)
-    why = reasons(plan, durations, history.records)
+    why = reasons(plan, durations, history.records, told)
     return {
         "tasks": {"total_if_separate": plan.total_if_separate, "unique": len(plan.tasks), **Counter(states.values())},
         "slots": there.slots,
@@ -189,19 +215,19 @@ def footer(said: Mapping[str, Any]) -> list[str]:
     known = said["estimated_from"]
     total = sum(known.values())
     guessed = known.get("shape", 0)
-    basis = (
-        f"{total - guessed} of {total} from what such tasks have cost, the others from the model's shape"
-        if guessed < total
-        else "from the model's shape: nothing like it has run here, so a factor of 2 either way"
-    )
+    basis = f"{total - guessed} of {total} tasks from what their like have cost"
+    if guessed == total:
+        basis = "from the model's shape: nothing like it has run here, so a factor of 2 either way"
+    elif guessed:
+        basis += ", the others from the model's shape"
     path = " > ".join(step["label"] for step in said["critical_path"])
+    slots = "1 slot" if said["slots"] == 1 else f"{said['slots']} slots"
     return [
-        f"about {duration(said['makespan_s'])} on {said['slots']} slots ({duration(said['work_s'])} of work{gpu})",
+        f"about {duration(said['makespan_s'])} on {slots} ({duration(said['work_s'])} of work{gpu})",
         f"estimated {basis}",
         f"longest chain {duration(said['critical_path_s'])}: {path}",
         f"memory up to {size(said['peak_at_once_bytes'])} at once ({said['peak_task']}: {size(said['peak_bytes'])}), "
         f"disk {size(said['disk_bytes'])}",
-        *(short["message"] for short in said["cannot_fit"]),
     ]
 
 

@@ -6,9 +6,9 @@ import datetime
 import json
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+from pare.orchestrator import costs
 from pare.orchestrator.fingerprint import digest
 from pare.orchestrator.ledger import Ledger, now
 from pare.tracking.pareto import mark_front
@@ -23,8 +23,10 @@ def build_record(ledger: Ledger, store: Store, sweep_id: str) -> dict[str, Any]:
     rows = ledger.trials(record["sweep"])
     goals = {row["name"]: json.loads(row["goals"]) for row in rows}
     users = task_users(goals.values())
-    tasks = ledger.tasks(sorted(users))
+    tasks = tasks_of(ledger, sorted(users))
     record["saving"] = saving(tasks, users)
+    own = {name: g["tasks"] if g else [] for name, g in goals.items()}
+    record["cost"] = costs.of_sweep(ledger, dict(ledger.last_run(record["sweep"])), own, tasks, users)
     record["trials"] = [trial_record(row, goals[row["name"]], tasks, users, store) for row in rows]
     mark_front(record)
     return record
@@ -67,7 +69,23 @@ def one_trial(ledger: Ledger, store: Store, sweep_id: str, name: str, users: dic
     goals = json.loads(row["goals"])
     if goals and not users.keys() >= set(goals["tasks"]):
         users.update(task_users(json.loads(other["goals"]) for other in ledger.trials(sweep_id)))
-    return trial_record(row, goals, ledger.tasks(goals["tasks"]) if goals else {}, users, store)
+    return trial_record(row, goals, tasks_of(ledger, goals["tasks"]) if goals else {}, users, store)
+
+
+def tasks_of(ledger: Ledger, fingerprints: list[str]) -> dict[str, dict[str, Any]]:
+    """Fingerprint -> the ledger's row, with `record`, `result` and `cost` as values, and `spent`."""
+    found = {}
+    for fingerprint, row in ledger.tasks(fingerprints).items():
+        done = row["status"] == "done"
+        found[fingerprint] = {
+            **{name: row[name] for name in ("fingerprint", "type", "label", "status")},
+            "record": json.loads(row["record"]),
+            "result": json.loads(row["result"] or "{}") if done else {},
+            "cost": json.loads(row["cost"] or "{}"),
+        }
+    for task in found.values():
+        task["spent"] = costs.spent(task, found)
+    return found
 
 
 def trial_uid(sweep_id: str, name: str) -> str:
@@ -85,7 +103,7 @@ def trial_record(
 ) -> dict[str, Any]:
     """One entry of `trials`."""
     own = [tasks[fp] for fp in goals["tasks"] if fp in tasks] if goals else []
-    results = {task["fingerprint"]: json.loads(task["result"] or "{}") for task in own if task["status"] == "done"}
+    results = {task["fingerprint"]: task["result"] for task in own if task["status"] == "done"}
     metrics: dict[str, float] = {}
     notes: list[str] = []
     curves: dict[str, list[list[float]]] = {}
@@ -103,12 +121,13 @@ def trial_record(
             metrics.update({k: v for k, v in {**result, **(said if isinstance(said, dict) else {})}.items() if is_metric(k, v)})
             notes += [note for note in said if isinstance(said, list) and note not in notes]
         if task["type"] == "train":
-            curves.update(read_curves(store.path(task["fingerprint"]) / "curve.jsonl"))
+            curves.update(read_curves(store.read_file(task["fingerprint"], "curve.jsonl")))
     if own:
-        costs = [(json.loads(task["cost"] or "{}"), users[task["fingerprint"]]) for task in own]
-        metrics["cost/wall_s"] = sum(cost.get("wall_s", 0) / n for cost, n in costs)
-        metrics["cost/cpu_s"] = sum(cost.get("cpu_s", 0) / n for cost, n in costs)
+        share = costs.total([(task["spent"], 1 / users[task["fingerprint"]]) for task in own])
+        told = ("wall_s", "cpu_s", "tokens", *(["gpu_s"] if share["gpu_s"] else []))
+        metrics.update({f"cost/{name}": share[name] for name in told})
     export = results.get(goals["export"], {}) if goals else {}
+    evaluation = store.read_file(goals["evaluate"], "evaluation.json") if goals and row["status"] == "done" else None
     return {
         "trial": row["name"],
         "uid": trial_uid(row["sweep"], row["name"]),
@@ -124,7 +143,7 @@ def trial_record(
         "error": json.loads(row["failure"]) if row["failure"] else None,
         "notes": notes,
         "curves": curves,
-        "windows": read_windows(store.path(goals["evaluate"])) if goals and row["status"] == "done" else {},
+        "windows": read_windows(evaluation),
         "config": json.loads(row["config"]),
         "tasks": [
             {
@@ -132,7 +151,7 @@ def trial_record(
                 "type": task["type"],
                 "label": task["label"],
                 "status": task["status"],
-                "wall_s": json.loads(task["cost"] or "{}").get("wall_s"),
+                "wall_s": task["cost"].get("wall_s"),
                 "shared_by": users[task["fingerprint"]],
             }
             for task in own
@@ -147,7 +166,7 @@ def is_metric(name: str, value: Any) -> bool:
 def saving(tasks: dict[str, Any], users: dict[str, int]) -> dict[str, Any]:
     """What it saved that equal tasks of several trials ran once."""
     shared = [
-        {"label": task["label"], "used_by": users[fp], "wall_s": json.loads(task["cost"]).get("wall_s", 0.0)}
+        {"label": task["label"], "used_by": users[fp], "wall_s": task["spent"]["wall_s"]}
         for fp, task in tasks.items()
         if users[fp] > 1 and task["cost"]
     ]
@@ -158,21 +177,19 @@ def saving(tasks: dict[str, Any], users: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def read_curves(path: Path) -> dict[str, list[list[float]]]:
+def read_curves(data: bytes | None) -> dict[str, list[list[float]]]:
     """Step curves that a training task wrote: name -> [[step, value], ...]."""
     curves: dict[str, list[list[float]]] = {}
-    if path.exists():
-        for line in path.read_text().splitlines():
-            point = json.loads(line)
-            for name in point.keys() - {"step"}:
-                curves.setdefault(f"train/{name}", []).append([point["step"], point[name]])
+    for line in (data or b"").splitlines():
+        point = json.loads(line)
+        for name in point.keys() - {"step"}:
+            curves.setdefault(f"train/{name}", []).append([point["step"], point[name]])
     return curves
 
 
-def read_windows(evaluation: Path) -> dict[str, list[float]]:
+def read_windows(data: bytes | None) -> dict[str, list[float]]:
     """Sums over each test window, which comparisons of trials are drawn from: name -> one number per window."""
-    file = evaluation / "evaluation.json"
-    return dict(json.loads(file.read_text())["windows"]) if file.exists() else {}
+    return dict(json.loads(data)["windows"]) if data else {}
 
 
 def outcome_digest(record: dict[str, Any]) -> str:

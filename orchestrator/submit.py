@@ -34,6 +34,7 @@ from urllib.parse import urlsplit
 
 from pare import __version__
 from pare.orchestrator.errors import ConfigError, InfeasibleError, PareError, nearest
+from pare.orchestrator.ray_pool import WORKERS_ENV
 
 SCHEMA_VERSION = 1
 """Of what `--json` and `--dry-run` print."""
@@ -149,6 +150,7 @@ class Request:
                 # A disk of the node where the driver is; the truth that outlives the node lies in the store.
                 "PARE_HOME": f"/tmp/{self.base}",
                 "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
+                **WORKERS_ENV,
                 **self.env,
             },
             **({"pip": self.pip} if self.pip else {}),
@@ -397,6 +399,17 @@ class Cluster:
 
     def ask(self, call: Callable[[], Any]) -> Any:
         """A call to Ray's client."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return self._ask_once(call)
+            except InfeasibleError as e:
+                # A dashboard that has just come up has no agent yet that could take a job.
+                if "try again later" not in str(e) or time.monotonic() > deadline:
+                    raise
+                time.sleep(2)
+
+    def _ask_once(self, call: Callable[[], Any]) -> Any:
         from ray.exceptions import AuthenticationError
 
         try:

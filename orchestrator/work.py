@@ -1,7 +1,7 @@
 """What a task has to do, from its settings and the shape of its model, before anything is loaded: operations, bytes, memory.
 
 One function for each task type, and constants with names for what shapes do not say. The constants were read off runs of a
-135 M model on one core (docs/architecture.md, "Estimates"); the machine's own speed comes in from `machine.py`.
+135 M model on one core; the machine's own speed comes in from `machine.py`.
 """
 
 from __future__ import annotations

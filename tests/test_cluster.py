@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import shutil
@@ -22,8 +21,6 @@ from typing import Any
 
 import psutil
 import pytest
-
-from pare.orchestrator.pool import RayPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -299,18 +296,17 @@ def test_two_nodes_refuse_a_run_without_a_store_that_both_see(user: User, nodes:
     assert "the cluster has 2 nodes and store.url is not set" in error
 
 
-ON_A_CLUSTER = pytest.mark.skipif(
-    "address" not in inspect.signature(RayPool).parameters, reason="the pool cannot join a running cluster yet"
-)
-
-
-@ON_A_CLUSTER
 def test_a_submitted_sweep_that_loses_a_node_ends_like_a_local_one(user: User, nodes: Nodes, tmp_path: Path) -> None:
     store = f"store.url={tmp_path / 'shared'}"
     node = nodes.add("--address", f"127.0.0.1:{nodes.port}", "--num-gpus", "2")
     wait_until(lambda: nodes.alive() == 2, nodes.log)
     job = user.pare("submit", "ray", "--no-wait", *SWEEP, store, "cluster.device=cpu")[0].strip()
-    wait_until(lambda: published(tmp_path / "shared") >= 6, lambda: user.pare("jobs", "logs", job)[0], 300)
+    wait_until(
+        lambda: published(tmp_path / "shared") >= 6 or user.jobs()[job]["status"] != "running",
+        lambda: user.pare("jobs", "logs", job)[0],
+        300,
+    )
+    assert user.jobs()[job]["status"] == "running", user.pare("jobs", "logs", job)[0]
     nodes.kill(node)
 
     user.pare("jobs", "logs", "--follow", job)

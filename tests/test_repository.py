@@ -78,7 +78,7 @@ def test_the_readmes_links_and_verbs_exist() -> None:
     text = (ROOT / "README.md").read_text()
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert (ROOT / target).exists(), target
-    verbs = set(re.findall(r"`pare ([a-z]+)", text))
+    verbs = set(re.findall(r"`pare ([a-z-]+)", text))
     known = next(a for a in parser()._actions if a.dest == "verb").choices
     assert verbs <= set(known)
     targets = set(re.findall(r"make ([a-z-]+)", text))
@@ -117,5 +117,5 @@ def test_no_file_holds_a_path_of_the_machine_it_was_written_on() -> None:
         file = ROOT / name
         if file.is_file() and file.suffix not in (".lock", ".png"):
             text = file.read_text(errors="replace")
-            assert f"{ROOT.parent}/" not in text or len(ROOT.parent.parts) < 2, name
+            assert f"{ROOT.parent}/" not in text or len(ROOT.parent.parts) <= 2, name  # a clone in /tmp names no one
             assert f"{home}/" not in text, name

@@ -34,17 +34,20 @@ def front(record: Record, objectives: Sequence[Objective] = SIZE_AND_PERPLEXITY)
 
     # What dominates a point stands before it in this order, and among what stands before, a member of the front does.
     members: list[Trial] = []
-    for trial in sorted(measured(record, *signs), key=point):
+    points: dict[tuple[float, ...], None] = {}
+    for at, trial in sorted(((point(trial), trial) for trial in measured(record, *signs)), key=lambda pair: pair[0]):
         if of_runtime and not has_deployment_speed(trial):
             continue
-        if not any(dominates(point(member), point(trial)) for member in members):
+        if not any(dominates(other, at) for other in points):
             members.append(trial)
+            points[at] = None
     return members
 
 
 def mark_front(record: Record, objectives: Sequence[Objective] = SIZE_AND_PERPLEXITY) -> list[Trial]:
     """Sets `pareto` of every trial of the record and returns the front."""
     members = front(record, objectives)
+    on_front = set(map(id, members))
     for trial in record["trials"]:
-        trial["pareto"] = any(trial is member for member in members)
+        trial["pareto"] = id(trial) in on_front
     return members

@@ -135,3 +135,39 @@ def sharing(record: Record) -> list[str]:
         named = "; ".join(f"{s['label']} ({units.duration(s['wall_s'])}, for {s['used_by']} trials)" for s in most)
         said.append(f"Shared most: {named}.")
     return said
+
+
+def costs(record: Record) -> list[str]:
+    """What the work took, what most of it went into, and how near the estimates came."""
+    cost = record.get("cost")
+    if not cost or not cost["total"]["tasks"]:
+        return []
+    total, saved, failed = cost["total"], cost["saved"], cost["failed_attempts"]
+    figures = [f"{units.duration(total['wall_s'])} of work", f"{units.duration(total['cpu_s'])} of processor time"]
+    figures += [f"{units.duration(total['gpu_s'])} on GPUs"] if total["gpu_s"] else []
+    figures += [f"{units.number(total['tokens'])} tokens"] if total["tokens"] else []
+    figures += [
+        f"{units.size(total['disk_bytes'])} written",
+        f"at most {units.size(total['peak_bytes'])} of memory for one task",
+    ]
+    said = [f"{total['tasks']} tasks: {', '.join(figures)}."]
+    largest = [f"{name} {units.percent(one['wall_s'] / total['wall_s'])}" for name, one in list(cost["methods"].items())[:4]]
+    if total["wall_s"]:
+        said.append(f"Most of the work went into: {', '.join(largest)}.")
+    if saved["by_cache_s"]:
+        said.append(f"{units.duration(saved['by_cache_s'])} of it had been done before this run.")
+    if failed["attempts"]:
+        said.append(f"Failed attempts: {failed['attempts']}, which took {units.duration(failed['wall_s'])}.")
+    return said + accuracy(cost["estimates"])
+
+
+def accuracy(found: Record) -> list[str]:
+    """How near the estimates made before the tasks ran came to what they cost."""
+    if not found["tasks"]:
+        return []
+    peak = found["peak_within_15_percent"]
+    memory = f", peak memory within 15 % for {units.percent(peak)} of tasks" if peak is not None else ""
+    known = found["from"]["own"] + found["from"]["like"]
+    basis = f"{known} of {found['tasks']} from what their like had cost" if known else "from the model's shape alone"
+    ratio = f"{units.number(found['time_ratio'])} times what it took"
+    return [f"Estimated before ({basis}): total time {ratio}{memory}."]

@@ -6,6 +6,9 @@
                     hardware, versions
     tasks           total_if_separate, unique, executed, cached
     saving          tasks_not_repeated, wall_s_saved, shared [{label, used_by, wall_s}]
+    cost            total, methods {name: ...}, trials {name: ...}: each wall_s, cpu_s, gpu_s, tokens, disk_bytes, peak_bytes,
+                    with tasks (their number) or, for a trial, alone_s (had it shared nothing); failed_attempts {attempts,
+                    wall_s}; saved {by_sharing_s, by_cache_s}; estimates, see `orchestrator.estimate.accuracy`
     trials          [{trial, block, recipe, overrides, status, metrics, artifact, export_path, opens_with, pareto, error,
                     notes, tasks [{task, type, label, status, wall_s, shared_by}], config, curves {name: [[step, value]]},
                     windows {nll: [sum over each test window], tokens: [...]}, uid}]

@@ -233,7 +233,10 @@ class Terminal:
             )
         for line in lines:
             yield Text(line, style="dim")
-        for title, sentences in (("What it says", reading.sentences(record)), ("Sharing", reading.sharing(record))):
+        told = (("What it says", reading.sentences), ("Sharing", reading.sharing), ("Cost", reading.costs))
+        for title, sentences in ((title, read(record)) for title, read in told):
+            if not sentences:
+                continue
             yield Text(f"\n{title}", style="bold")
             for sentence in sentences:
                 yield Padding(Text(f"{sentence}"), (0, 0, 0, 2))
@@ -315,6 +318,8 @@ def markdown(record: Record, pictures: Sequence[str] = ()) -> str:
     lines += ["", *legend(record, shown)]
     lines += ["", "## What it says", "", *(f"- {md(s)}" for s in reading.sentences(record)), "", "## Sharing", ""]
     lines += [f"- {md(s)}" for s in reading.sharing(record)]
+    if costs := reading.costs(record):
+        lines += ["", "## Cost", "", *(f"- {md(s)}" for s in costs)]
     for title, found in (("Failed", failures(record)), ("Notes", notes(record))):
         if found:
             lines += ["", f"## {title}", "", *("- " + ": ".join([f"**{md(row[0])}**", *map(md, row[1:])]) for row in found)]
@@ -362,6 +367,7 @@ def html(record: Record, pictures: Mapping[str, str]) -> str:
         bullets("Failed", [": ".join(row) for row in failures(record)]),
         *(figure(name, figures) for name in ("recipes", "cost", "sharing")),
         bullets("Sharing", reading.sharing(record)),
+        bullets("Cost", reading.costs(record)),
         *(figure(name, figures) for name in ("curves", "agreement")),
         bullets("Notes", [": ".join(row) for row in notes(record)]),
         "<section><h2>Each trial</h2>",

@@ -80,6 +80,10 @@ class Blobs(Protocol):
         """Keys of all blobs beneath the folder `prefix`, sorted."""
         ...
 
+    def details(self, prefix: str) -> Sequence[tuple[str, int, float]]:
+        """(key, bytes, seconds since it was written) of all blobs beneath the folder `prefix`."""
+        ...
+
     def delete(self, key: str) -> None:
         """Takes the blob away, if there is one."""
         ...
@@ -132,6 +136,14 @@ class LocalBlobs:
         folder = self.root / prefix
         files = (p for p in folder.rglob("*") if p.is_file() and not p.name.endswith(".partial"))
         return sorted(p.relative_to(self.root).as_posix() for p in files)
+
+    def details(self, prefix: str) -> Sequence[tuple[str, int, float]]:
+        now, found = time.time(), []
+        for key in self.list(prefix):
+            with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
+                status = os.stat(self.root / key)
+                found.append((key, status.st_size, now - status.st_mtime))
+        return found
 
     def delete(self, key: str) -> None:
         with explained(self.root, f"deleting {key}"), contextlib.suppress(FileNotFoundError):
@@ -228,7 +240,6 @@ class FsspecBlobs:
             return bool(self._fs.exists(self._path(key)))
 
     def details(self, prefix: str) -> Sequence[tuple[str, int, float]]:
-        """(key, bytes, seconds since it was written) of all blobs beneath the folder `prefix`."""
         now = datetime.datetime.now(datetime.UTC)
         with self._explained(f"listing {prefix}"):
             try:

@@ -3,7 +3,7 @@
 A request and a reply are plain JSON, so that any transport will do:
 
     request  {"fingerprint", "type", "label", "spec", "where", "inputs": {role: fingerprint}, "store", "device", "threads",
-              "log"}
+              "log", "keep_log"?, "gpu_fraction"?}
     reply    {"ok": true, "fingerprint", "digest", "result", "cost", "published"}
              {"ok": false, "fingerprint", "failure", "message", "artifact"?, "cost"}
 
@@ -25,6 +25,7 @@ import importlib
 import os
 import resource
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -36,6 +37,9 @@ from typing import Any, ClassVar
 from pare.workers.checkpoint import EVERY_S, Checkpoint
 from pare.workers.store import ArtifactError, Store, open_store
 from pare.workers.task import TaskContext, TaskError
+
+LOG_BYTES = 1 << 20
+"""The end of a log that is kept in the store."""
 
 STORES: dict[str, Store] = {}
 """One store object per root, so that a warm process verifies an unchanged file once."""
@@ -51,7 +55,7 @@ def run_batch(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     first = requests[0]
     clock = Clock()
     try:
-        with output_to(first.get("log")):
+        with output_of(first):
             try:
                 return attempt(requests, clock)
             except BaseException:
@@ -61,7 +65,8 @@ def run_batch(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
         failure = {"ok": False, **classify(e), "cost": clock.cost()}
         return [{**failure, "fingerprint": request["fingerprint"]} for request in requests]
     finally:
-        release_memory()
+        if clock.has_held_much():
+            release_memory()
 
 
 def attempt(requests: list[dict[str, Any]], clock: Clock) -> list[dict[str, Any]]:
@@ -126,6 +131,8 @@ def context(request: dict[str, Any], store: Store, inputs: dict[str, str], out: 
     import torch
 
     torch.set_num_threads(request["threads"])
+    if request["device"] == "cuda" and device is None:
+        torch.cuda.set_per_process_memory_fraction(request.get("gpu_fraction", 1.0))
     live = LIVE[live_key(request)] = Live()
     checkpoint = Stoppable(store.blobs, f"checkpoints/{request['fingerprint']}")
 
@@ -168,7 +175,7 @@ def run_probes(request: dict[str, Any]) -> dict[str, Any]:
     """Evaluates `request["probes"]`, some candidates of a coordinated task. Never raises: a failure is a reply."""
     clock = Clock()
     try:
-        with output_to(request.get("log")):
+        with output_of(request):
             try:
                 let_go_of_searches(request["fingerprint"])
                 module = SEARCHES[request["fingerprint"]] = module_of(request["type"])
@@ -218,7 +225,7 @@ class Coordination:
             done_with(self._ctx)
             self.end({"ok": True, "digest": manifest["digest"], "result": manifest["result"], "published": published})
         except Exception as e:
-            with output_to(request.get("log")):
+            with output_of(request):
                 traceback.print_exc()
             self.end({"ok": False, **classify(e)})
         return None
@@ -261,8 +268,14 @@ def classify(error: Exception) -> dict[str, Any]:
     return {"failure": "unknown", "message": message}
 
 
+WORTH_A_SEARCH_BYTES = 16e6
+
+
 def release_memory() -> None:
-    """Gives back what the task let go of: a warm process lives on, and its neighbours need the room."""
+    """Gives back what the task let go of: a warm process lives on, and its neighbours need the room.
+
+    It looks through all objects of the process, which takes 0.1 s once torch is there.
+    """
     gc.collect()
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # a C library other than glibc
@@ -285,6 +298,7 @@ class Clock:
         with contextlib.suppress(OSError):  # no Linux, or a container that forbids it
             Path("/proc/self/clear_refs").write_text("5")
         self.start = resident_bytes("VmRSS")
+        self.peak = float("inf")
         if gpu := self._gpu():
             gpu.reset_peak_memory_stats()
 
@@ -298,13 +312,18 @@ class Clock:
         torch = sys.modules.get("torch")
         return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
+    def has_held_much(self) -> bool:
+        """Whether the attempt may have left something that is worth looking for."""
+        return self._gpu() is not None or self.peak - self.start > WORTH_A_SEARCH_BYTES
+
     def cost(self) -> dict[str, float]:
         gpu = self._gpu()
+        self.peak = resident_bytes("VmHWM")
         return {
             "wall_s": time.monotonic() - self.wall,
             "cpu_s": self._cpu() - self.cpu,
             "memory_start_bytes": self.start,
-            "peak_rss_bytes": resident_bytes("VmHWM") + sum(self.children),
+            "peak_rss_bytes": self.peak + sum(self.children),
             **({"peak_gpu_bytes": gpu.max_memory_allocated()} if gpu else {}),
         }
 
@@ -316,6 +335,31 @@ def resident_bytes(field: str, pid: int | str = "self") -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     line = next((line for line in status.read_text().splitlines() if line.startswith(field + ":")), ":0")  # ended: no memory
     return int(line.split(":")[1].split()[0]) * 1024
+
+
+@contextlib.contextmanager
+def output_of(request: dict[str, Any]) -> Iterator[None]:
+    """Sends what a task prints to its log: a file of the driver's machine or, with `keep_log`, a blob of the store."""
+    if not request.get("keep_log"):
+        with output_to(request.get("log")):
+            yield
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch) / "log"
+        try:
+            with output_to(str(log)):
+                yield
+        finally:
+            key = log_key(request["fingerprint"])
+            blobs = store_of(request).blobs
+            with contextlib.suppress(FileNotFoundError):
+                log.write_bytes(blobs.read(key) + log.read_bytes())
+            blobs.write(key, log.read_bytes()[-LOG_BYTES:])
+
+
+def log_key(fingerprint: str) -> str:
+    """The blob in which the log of a task is kept that ran on another machine than its driver."""
+    return f"logs/{fingerprint[:12]}.log"
 
 
 @contextlib.contextmanager

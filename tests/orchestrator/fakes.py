@@ -89,6 +89,8 @@ class Silent:
 
     def ended(self, task: Task, reply: dict[str, Any], final: bool) -> None: ...
 
+    def elsewhere(self, task: Task, holder: dict[str, Any]) -> None: ...
+
     def trial_ended(self, trial: str, status: str, failure: dict[str, Any] | None) -> None:
         self.trials[trial] = status
 

@@ -29,7 +29,13 @@ def test_help_imports_nothing_heavy() -> None:
     assert out.strip().endswith("[]")
 
 
-@pytest.mark.parametrize("verb", ["plan", "run", "status", "report", "methods", "export", "ui", "doctor"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        *("plan", "run", "resume", "retry-failed", "rerun", "explain", "status", "report", "logs", "methods", "export", "ui"),
+        *("doctor", "sync", "stop", "gc", "fsck"),
+    ],
+)
 def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([verb, "--help"])

@@ -339,11 +339,11 @@ def test_explain_names_exactly_the_seeded_changes_to_the_nearest_record() -> Non
     near = json.loads(json.dumps(record))
     near["spec"]["settings"] = {"bits": 3, "g": [1, 2], "gone": True}
 
-    found = explain(record, [far, near, record | {"type": "score"}])
+    found = explain(record, {"far": far, "near": near, "other": record | {"type": "score"}})
 
-    assert found == [("spec.settings.bits", 3, 4), ("spec.settings.gone", True, None)]
-    assert explain(record, []) == []
-    assert explain(record, [record | {"type": "score"}]) == []
+    assert found == ("near", [("spec.settings.bits", 3, 4), ("spec.settings.gone", True, None)])
+    assert explain(record, {}) == (None, [])
+    assert explain(record, {"other": record | {"type": "score"}}) == (None, [])
 
 
 def test_reasons_name_the_change_the_new_input_and_the_lost_result() -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pare.orchestrator.housekeeping import Known, fsck, gc, in_use, known, mentioned
+from pare.orchestrator.housekeeping import Known, fsck, gc, in_use, known
 from pare.workers import store as store_module
 from pare.workers.store import Store
 
@@ -232,7 +231,7 @@ def test_what_no_ledger_knows_is_removed_only_when_old_and_without_a_lease(store
     store.blobs.create(f"leases/{fp('leased')}", b"{}")
 
     assert gc(store, sweep.known)["items"] == []
-    plan = gc(store, sweep.known, grace_s=-1, elsewhere={fp("theirs")}, dry_run=False)
+    plan = gc(store, sweep.known, grace_s=-1, spared={fp("theirs")}, dry_run=False)
 
     assert sorted(names(plan["items"])) == ["old", "young"]
     assert {i["action"] for i in plan["items"]} == {"remove"}
@@ -270,14 +269,30 @@ def test_a_task_is_done_when_one_of_several_ledgers_says_so(sweep: Sweep) -> Non
     assert not known([pending], []).tasks[fp("base")].done
 
 
-def test_fingerprints_in_segments_of_other_ledgers_are_seen_packed_or_not(store: Store) -> None:
-    row = json.dumps({"table": "task", "row": {"fingerprint": fp("a"), "record": {"inputs": {"model": fp("b")}}}}).encode()
-    store.blobs.write("ledger/mine/1.jsonl", json.dumps({"fingerprint": fp("c")}).encode())
-    store.blobs.write("ledger/theirs/1.jsonl", row)
-    store.blobs.write("ledger/packed/1.jsonl", zlib.compress(json.dumps({"fingerprint": fp("d")}).encode()))
+def test_old_checkpoints_of_what_is_done_or_unknown_go_but_not_under_a_lease(store: Store, sweep: Sweep) -> None:
+    sweep.task("todo", "compress", 0, status="running", model="base")
+    for name in ("mod1", "todo", "unknown", "leased"):
+        store.blobs.write(f"checkpoints/{fp(name)}/00000001-aa.pt", b"x" * KIB)
+    store.blobs.create(f"leases/{fp('leased')}", b"{}")
 
-    assert mentioned(store.blobs, {"mine"}) == {fp("a"), fp("b"), fp("d")}
-    assert mentioned(store.blobs) == {fp("a"), fp("b"), fp("c"), fp("d")}
+    assert gc(store, sweep.known)["items"] == []
+    plan = gc(store, sweep.known, grace_s=-1, dry_run=False)
+
+    assert [(i["type"], i["name"], i["bytes"]) for i in plan["items"]] == [
+        ("checkpoint", f"checkpoints/{fp(name)}", KIB) for name in sorted(("mod1", "unknown"), key=fp)
+    ]
+    assert {key.split("/")[1] for key in store.blobs.list("checkpoints")} == {fp("todo"), fp("leased")}
+
+
+def test_folders_in_which_nothing_is_left_are_taken_away_but_no_attempt_is(store: Store, sweep: Sweep) -> None:
+    for folder in ("objects/zz", "checkpoints/x/pieces", f"attempts/{os.getpid()}-running"):
+        (store.root / folder).mkdir(parents=True)
+
+    gc(store, sweep.known, dry_run=False)
+
+    assert not (store.root / "objects" / "zz").exists()
+    assert not (store.root / "checkpoints").exists()
+    assert (store.root / "attempts" / f"{os.getpid()}-running").exists()
 
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(store: Store, sweep: Sweep) -> None:

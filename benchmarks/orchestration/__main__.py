@@ -1,0 +1,123 @@
+"""`make bench-orchestration`: all readings in one run, side by side, interleaved; the figures, and whether they are reached."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from benchmarks.orchestration.readings import Reading, as_json, control, figures, usual
+from pare.orchestrator import hardware
+
+ROOT = Path(__file__).parents[2]
+RESULT = ROOT / "benchmarks" / "results" / "orchestration.json"
+OURS, PEERS = "benchmarks.orchestration.legs", "benchmarks.orchestration.peers"
+
+EACH_ROUND = [
+    (PEERS, "prototype", "1000"),
+    (OURS, "pare_tasks", "1000"),
+    (PEERS, "ray_tasks", "1000"),
+    (OURS, "pare_tasks", "10000"),
+    (PEERS, "tune_trials", "500"),
+    (OURS, "pare_tasks", "1000"),
+    (OURS, "makespan", "sweep"),
+    (OURS, "pare_tracked", "500"),
+    (PEERS, "mlflow_runs", "200"),
+    (OURS, "makespan", "long_pole"),
+    (PEERS, "tune_tracked", "200"),
+]
+"""(module, reading, its argument)."""
+ONCE = [(OURS, "large", "10000")]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peers", default=sys.executable, help="Python of the peers' virtualenv")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", nargs="*", help="names of readings; default: all")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    given = parser.parse_args()
+    started = time.monotonic()
+    readings: list[Reading] = []
+    for round_, legs in [*((i, EACH_ROUND) for i in range(given.rounds)), (0, ONCE)]:
+        for module, name, argument in legs:
+            if given.only and name not in given.only:
+                continue
+            python = given.peers if module == PEERS else sys.executable
+            before = control()
+            values = measure([python, "-m", module, name, argument])
+            reading = Reading(name, argument, round_, values, before, control())
+            readings.append(reading)
+            say(f"{time.monotonic() - started:5.0f} s  {name} {argument}: {shown(values)}")
+    found = figures(readings)
+    result = {
+        "schema_version": 1,
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks.orchestration", *sys.argv[1:]]),
+        **commit(),
+        "hardware": {**hardware.describe(), "system": platform.system(), "release": platform.release()},
+        "versions": versions(given.peers),
+        "wall_s": round(time.monotonic() - started, 1),
+        "control_s": usual(readings),
+        "dropped": sum(not row["kept"] for row in as_json(readings)),
+        "figures": found,
+        "readings": as_json(readings),
+    }
+    given.result.parent.mkdir(parents=True, exist_ok=True)
+    given.result.write_text(json.dumps(result, indent=1) + "\n")
+    for figure in found:
+        value = (
+            f"{figure['value']:.3g} {figure['unit']}" if figure["value"] is not None else f"no reading of {figure['missing']}"
+        )
+        verdict = {True: "reached", False: "MISSED", None: ""}[figure["reached"]]
+        say(f"{figure['name']:45} {value:>12}  {figure['target']:8} {verdict}")
+    say(f"{result['dropped']} of {len(readings)} readings dropped; written to {given.result}")
+    return 0 if all(figure["reached"] is not False for figure in found) else 1
+
+
+def measure(command: list[str]) -> dict[str, float]:
+    """What a reading's process says on its last line."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+    }
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{shlex.join(command)} ended with code {done.returncode}:\n{done.stderr[-4000:]}")
+    values: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return values
+
+
+def commit() -> dict[str, Any]:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
+
+    return {"commit": git("rev-parse", "HEAD"), "changed_since": bool(git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def versions(peers: str) -> dict[str, str]:
+    ask = "import importlib.metadata as m; print(m.version('ray'), m.version('mlflow'))"
+    ray, mlflow = subprocess.run([peers, "-c", ask], capture_output=True, text=True, check=True).stdout.split()
+    ours = {name: importlib.metadata.version(name) for name in ("torch", "ray", "mlflow")}
+    return {"python": platform.python_version(), **ours, "peer ray": ray, "peer mlflow": mlflow}
+
+
+def shown(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
