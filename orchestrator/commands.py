@@ -260,7 +260,6 @@ def restored(
         raise ConfigError(f"sweep {sweep['id']} was run by an older Pare. Go on with: {sweep['command']}")
     place = [f"store.url={json.dumps(arguments.store)}"] if arguments.store else []
     experiment = config.restore(rows, about["common"], [*place, *overrides])
-    refuse_unbuilt(experiment)
     return sweep, experiment, rows
 
 
@@ -292,16 +291,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[Experiment, Plan, str]:
     from pare.orchestrator import config
 
     experiment = config.load(arguments.overrides, arguments.config_dir, arguments.config_name)
-    refuse_unbuilt(experiment)
     return (experiment, *planned(experiment))
-
-
-def refuse_unbuilt(experiment: Experiment) -> None:
-    """Settings that the configuration knows and this version does not honour yet are refused, not passed over."""
-    store = experiment.store
-    for key, value, default in (("store.keep", store.keep, "all"), ("store.limit_gb", store.limit_gb, None)):
-        if value != default:
-            raise ConfigError(f"{key}={value}: this version does not honour it yet. Try: {key}={json.dumps(default)}")
 
 
 def print_config(arguments: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from pare import __version__
-from pare.orchestrator import hardware, preflight
+from pare.orchestrator import hardware, preflight, upkeep
 from pare.orchestrator.board import Board, stderr_console
 from pare.orchestrator.config import Experiment, Trial
 from pare.orchestrator.engine import Engine, Limits, register
@@ -131,6 +131,8 @@ def run(
         if not behind:
             ledger.set_tracked(sweep, outcome_digest(record))
         show(record, directory, as_json)
+        if freed := upkeep.after_run(ledger, store, experiment, record):
+            console.print(freed, highlight=False, markup=False)
         if behind:
             console.print(behind, highlight=False, markup=False, soft_wrap=True)
         return code or (3 if state == "failed" else 6 if behind else 0)

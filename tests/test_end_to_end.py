@@ -58,7 +58,7 @@ def test_every_kind_of_method_runs_and_a_front_comes_out(smoke: Path) -> None:
     trials = {t["trial"]: t for t in record["trials"]}
     assert record["schema_version"] == 1
     assert {t["status"] for t in trials.values()} == {"done"}
-    assert len(trials) == 9
+    assert len(trials) == 12
     assert record["tasks"]["executed"] == record["tasks"]["unique"] < record["tasks"]["total_if_separate"]
     assert any(t["pareto"] for t in trials.values())
     for trial in trials.values():
@@ -99,7 +99,7 @@ def test_mlflow_holds_one_parent_and_one_child_for_each_trial(smoke: Path) -> No
 
     assert len(smoke_parent) == 1
     children = {r for (r, k), v in tags.items() if k == "mlflow.parentRunId" and v == smoke_parent[0]}
-    assert len(children) == 9
+    assert len(children) == 12
     logged = {r for r, k in db.execute("SELECT run_uuid, key FROM latest_metrics") if k == "quality/ppl"}
     assert children <= logged
     assert {s for r, s in db.execute("SELECT run_uuid, status FROM runs") if r in children} == {"FINISHED"}
@@ -137,31 +137,42 @@ def test_an_adapter_export_opens_from_where_it_was_put(smoke: Path, tmp_path: Pa
     assert out.strip() == "True"
 
 
-def test_a_killed_driver_leaves_its_work_to_the_same_command(tmp_path: Path) -> None:
-    command = ["run", "recipe=rtn,gptq", "model=tiny", "recipe.quantize.bits=4,3", *SMALL, "tracking.enabled=false"]
-    with (tmp_path / "first.log").open("w") as log:
-        driver = subprocess.Popen([*PARE, *command], env=environment(tmp_path), stdout=log, stderr=log, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while finished(tmp_path) < 8:
-        assert driver.poll() is None, (tmp_path / "first.log").read_text()
-        assert time.monotonic() < deadline, (tmp_path / "first.log").read_text()
-        time.sleep(0.1)
-    assert len(processes_of(tmp_path)) > 3, "the driver, Ray and its workers"
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait()
-    wait_until_gone(tmp_path)
-    n_before = finished(tmp_path)
+def test_a_driver_killed_three_times_comes_to_the_table_of_an_undisturbed_one(smoke: Path, tmp_path: Path) -> None:
+    """Three times in one sweep: with its models being made, with its exports being measured, and with its search under way."""
+    command = ["run", "experiment=smoke", "tracking.enabled=false"]
+    for published in (8, 25, 45):
+        with (tmp_path / "driver.log").open("w") as log:
+            driver = subprocess.Popen([*PARE, *command], env=environment(tmp_path), stdout=log, stderr=log)
+        deadline = time.monotonic() + 300
+        while finished(tmp_path) < published:
+            assert driver.poll() is None, (tmp_path / "driver.log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "driver.log").read_text()
+            time.sleep(0.1)
+        assert len(processes_of(tmp_path)) > 3, "the driver, Ray and its workers"
+        driver.kill()
+        driver.wait()
+        wait_until_gone(tmp_path)
 
     pare(tmp_path, *command)
 
     attempts = sqlite3.connect(tmp_path / "ledger.db").execute(
-        "SELECT fingerprint, SUM(status = 'done'), SUM(status = 'lost') FROM attempt GROUP BY fingerprint"
+        "SELECT SUM(status = 'done'), SUM(status = 'lost') FROM attempt GROUP BY fingerprint"
     )
-    rows = attempts.fetchall()
-    assert n_before >= 8
-    assert {done for _, done, _ in rows} <= {0, 1}, "a finished task ran twice"
-    assert {t["status"] for t in report(tmp_path)["trials"]} == {"done"}
+    done, lost = zip(*attempts.fetchall(), strict=True)
+    assert set(done) == {1}, "every task was done, and none twice"
+    assert sum(lost) > 0
+    assert table(tmp_path) == table(smoke)
     wait_until_gone(tmp_path)
+
+
+def table(home: Path) -> str:
+    """What does not depend on time or place, as text."""
+    rows = [
+        [trial["trial"], trial["status"], trial["pareto"], trial["windows"]]
+        + [[name, value] for name, value in sorted(trial["metrics"].items()) if name.startswith(("quality/", "size/"))]
+        for trial in report(home)["trials"]
+    ]
+    return json.dumps(rows)
 
 
 def finished(home: Path) -> int:
