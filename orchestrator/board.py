@@ -59,7 +59,7 @@ class Board:
         if reply["ok"]:
             self.finished += 1
             if task.type == "evaluate":
-                self.metrics |= dict.fromkeys(task.trials, reply["result"])
+                self.metrics.update(dict.fromkeys(task.trials, reply["result"]))
             if not self.live:
                 self.say(f"done   {task.label}  {time.monotonic() - since:.1f} s")
         else:

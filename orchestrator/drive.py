@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from pare import __version__
-from pare.orchestrator import hardware, preflight, upkeep
+from pare.orchestrator import explain, hardware, preflight, upkeep
 from pare.orchestrator.board import Board, stderr_console
 from pare.orchestrator.config import Experiment, Trial
 from pare.orchestrator.engine import Engine, Limits, register
@@ -26,14 +26,13 @@ from pare.orchestrator.fingerprint import digest, version
 from pare.orchestrator.lease import Leases
 from pare.orchestrator.ledger import Ledger
 from pare.orchestrator.outbox import Tracker, place_to_keep, tracking_place
-from pare.orchestrator.places import store_of
+from pare.orchestrator.places import ledger_if_any, store_of
 from pare.orchestrator.plan import Plan, Task
 from pare.orchestrator.pool import InlinePool, Pool
 from pare.orchestrator.ray_pool import RayPool
 from pare.orchestrator.record import build_record, outcome_digest, trial_uid
 from pare.orchestrator.segments import Segments
 from pare.tracking import report as render
-from pare.workers.store import Store
 
 COLUMN = 56
 """Where the explanations of what to type next begin."""
@@ -59,13 +58,18 @@ def run(
     store = store_of(home, experiment)
     plan.answer(store)
     missing = plan.missing(store, only, again)
-    slots = experiment.cluster.slots or hardware.cores()
+    with contextlib.ExitStack() as stack:
+        known_costs = ledger_if_any(home)
+        if known_costs:
+            stack.callback(known_costs.close)
+        estimates, _ = preflight.forecast(experiment, plan, missing, device, home, History.read(known_costs))
+    preflight.check_feasible(plan, missing, experiment, home, device, estimates)
     with contextlib.closing(Ledger(home, write=True)) as ledger:
-        estimates = preflight.estimates_of(plan, missing, device, slots, History.read(ledger))
-        preflight.check_feasible(plan, missing, experiment, home, device, estimates)
         sweep = sweep_id(experiment)
         store.remove_dead_attempts()
         register(plan, store, ledger)
+        if missing:
+            explain.remember_code(store.blobs)
         cached = sum(not task.late for task in plan.tasks.values()) - len(missing)
         described = about(experiment, plan)
         run_id = ledger.start_run(sweep, experiment.name, command, described, len(plan.tasks), plan.total_if_separate, cached)

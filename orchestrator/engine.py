@@ -154,7 +154,6 @@ class Engine:
         self.estimates = estimates or {}
         self.leases, self.committed = leases, committed
         self.anew = set(again)
-        self.only = only
         self.failed: dict[str, dict[str, Any]] = {}
         self.failures: Counter[tuple[str, str]] = Counter()
         self.running: dict[int, Job] = {}

@@ -143,8 +143,7 @@ class Ledger:
                 self.changed["attempt", "", attempt["id"]] = None
             self.write("UPDATE run SET status = 'interrupted' WHERE id = ?", (row["id"],))
             self.changed["run", "", row["id"]] = None
-            for trial in self.rows("SELECT name FROM trial WHERE status = 'running' AND sweep = ?", row["sweep"]):
-                self.set_trial(row["sweep"], trial["name"], "pending")
+            self.no_trial_runs(row["sweep"])
         self.write(
             "INSERT INTO sweep VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (id) DO UPDATE SET command = excluded.command, about = excluded.about",
@@ -163,6 +162,13 @@ class Ledger:
     def end_run(self, run: int, status: str) -> None:
         self.write("UPDATE run SET status = ?, finished = ? WHERE id = ?", (status, now(), run))
         self.changed["run", "", run] = None
+        (row,) = self.rows("SELECT sweep FROM run WHERE id = ?", run)
+        self.no_trial_runs(row["sweep"])
+
+    def no_trial_runs(self, sweep: str) -> None:
+        """Trials that were under way when their driver ended wait for the next one."""
+        for trial in self.rows("SELECT name FROM trial WHERE status = 'running' AND sweep = ?", sweep):
+            self.set_trial(sweep, trial["name"], "pending")
 
     def count_cached(self, run: int, n: int) -> None:
         """So many tasks more need not run."""
@@ -222,13 +228,13 @@ class Ledger:
         return attempt
 
     def end_attempt(self, attempt: int, run: int, reply: dict[str, Any]) -> None:
-        """Writes one attempt's outcome and, if it went well, the task's result."""
-        ok = reply["ok"]
+        """Writes one attempt's outcome and, if it went well, the task's result. One that was told to stop is no failure."""
+        ok, stopped = reply["ok"], reply.get("failure") == "stopped"
         self.write(
             "UPDATE attempt SET finished = ?, status = ?, failure = ?, message = ?, cost = ? WHERE id = ?",
             (
                 now(),
-                "done" if ok else "failed",
+                "done" if ok else "stopped" if stopped else "failed",
                 reply.get("failure"),
                 reply.get("message"),
                 json.dumps(reply.get("cost", {})),
@@ -241,7 +247,8 @@ class Ledger:
             self.put_result(reply["fingerprint"], reply["digest"], reply["result"], reply["cost"])
             self.write("UPDATE run SET executed = executed + 1 WHERE id = ?", (run,))
         else:
-            self.write("UPDATE task SET status = 'failed' WHERE fingerprint = ?", (reply["fingerprint"],))
+            status = "pending" if stopped else "failed"
+            self.write("UPDATE task SET status = ? WHERE fingerprint = ?", (status, reply["fingerprint"]))
             self.changed["task", "", reply["fingerprint"]] = None
 
     def put_result(self, fingerprint: str, digest: str, result: Any, cost: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ from pare.orchestrator.schema import Cluster
 
 GROWTH, GROWTH_FLOOR_BYTES = 1.1, 64e6
 """A worker is replaced when it holds so many times the memory that it held after its first task of a type, and so much more."""
+
+CONNECT_S = 10.0
 
 REFRESH_EVERY_S = 2.0
 """Between two looks at which nodes of a cluster there are."""
@@ -63,14 +66,17 @@ class RayPool:
         self._node: dict[Any, str] = {}
         self._up: set[Any] = set()
         self._refreshed = 0.0
-        self.per_gpu = self._shares(cluster.gpu_memory_gb) if device == "cuda" else 1
-        self.slots = self._capacity()
-        if not self.slots:
-            wanted = f" with the labels {self.labels}" if self.labels else ""
-            what = "GPU" if device == "cuda" else "core"
-            with contextlib.suppress(Exception):
-                self.close()
-            raise InfeasibleError(f"the cluster at {cluster.address} has no node{wanted} that offers a {what}. See: ray status")
+        try:
+            self.per_gpu = self._shares(cluster.gpu_memory_gb) if device == "cuda" else 1
+            self.slots = self._capacity()
+            if not self.slots:
+                wanted = f" with the labels {self.labels}" if self.labels else ""
+                what = "GPU" if device == "cuda" else "core"
+                where = f"the cluster at {cluster.address} has no node{wanted} that offers a {what}"
+                raise InfeasibleError(f"{where}. Look at what there is: ray status")
+        except BaseException:
+            self.close()
+            raise
 
     def idle(self) -> int:
         return self.slots - sum(self._size[running.actor] for running in self._running.values())
@@ -307,16 +313,32 @@ def start_ray(slots: int, device: str, home: Path, cluster: Cluster) -> Any:
         return ray
     import ray
 
+    somebody_listens(cluster.address)
     with travelling_wheel() as wheel:
         env = {} if wheel is None else {"runtime_env": {"py_modules": [str(wheel)], "env_vars": WORKERS_ENV}}
         try:
             ray.init(address=cluster.address, **env, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as e:
-            raise InfeasibleError(
-                f"no Ray cluster answers at cluster.address={cluster.address}: {first_line(e)}. Start one (ray start --head), "
-                "give its address, or take a Ray of your own: cluster.address=local"
-            ) from e
+            raise no_cluster(cluster.address, e) from e
     return ray
+
+
+def somebody_listens(address: str) -> None:
+    """Ray itself tries for minutes where nobody does."""
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+    except OSError as e:
+        raise no_cluster(address, e) from e
+
+
+def no_cluster(address: str, why: Exception) -> InfeasibleError:
+    return InfeasibleError(
+        f"no Ray cluster answers at cluster.address={address}: {first_line(why)}. Start one (ray start --head), give its "
+        "address, or take a Ray of your own: cluster.address=local"
+    )
 
 
 @contextlib.contextmanager

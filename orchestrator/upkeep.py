@@ -118,7 +118,7 @@ def after_run(ledger: Ledger, store: Store, experiment: Experiment, record: dict
     theirs = {fp for trial in known.trials if trial.sweep != record["sweep"] for fp in trial.goals.get("tasks", [])}
     front = {(record["sweep"], t["trial"]) for t in record["trials"] if t["pareto"]}
     limit = options.limit_gb * 1e9 if options.limit_gb is not None else None
-    done = housekeeping.gc(store, known, options.keep, None, False, front)
+    done = housekeeping.gc(store, known, options.keep, None, False, front, spared=theirs)
     if limit is not None and done["after_bytes"] > limit:
         more = housekeeping.gc(store, known, "all", limit, False)
         done = {**more, "before_bytes": done["before_bytes"]}

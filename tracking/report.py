@@ -138,7 +138,8 @@ def best_trials(record: Record, column: Column) -> list[str]:
         return []
     name, pick = column.best
     of_itself = name in ("quality/kl", "quality/top1_agreement")  # the base agrees with the base
-    trials = [t for t in measured(record, name) if not (of_itself and t is base_trial(record))]
+    base = base_trial(record) if of_itself else None
+    trials = [t for t in measured(record, name) if t is not base]
     if len(trials) < 2:
         return []
     value = metric(pick(trials, key=lambda t: t["metrics"][name]), name)

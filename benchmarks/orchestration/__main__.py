@@ -86,10 +86,7 @@ def main() -> int:
 
 def measure(command: list[str]) -> dict[str, float]:
     """What a reading's process says on its last line."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
-    }
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{shlex.join(command)} ended with code {done.returncode}:\n{done.stderr[-4000:]}")

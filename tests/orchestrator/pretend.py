@@ -23,7 +23,8 @@ from pare.orchestrator.ledger import Ledger
 from pare.orchestrator.plan import Plan, build_plan
 from pare.orchestrator.pool import InlinePool
 from pare.tracking import report
-from pare.workers.store import ArtifactError, open_store
+from pare.workers.run import classify
+from pare.workers.store import Store, open_store
 
 QUIET = ("tracking.enabled=false", "evaluation.speed.repeats=0")
 
@@ -34,12 +35,15 @@ def run(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def one(request: dict[str, Any]) -> dict[str, Any]:
-    store = open_store(request["store"])
     try:
-        for fingerprint in request["inputs"].values():
-            store.open(fingerprint)
-    except ArtifactError as e:
-        return {"ok": False, "failure": "corrupt_input", "message": str(e), "cost": {}}
+        return made(request, open_store(request["store"]))
+    except Exception as e:  # as the worker does
+        return {"ok": False, **classify(e), "cost": {}}
+
+
+def made(request: dict[str, Any], store: Store) -> dict[str, Any]:
+    for fingerprint in request["inputs"].values():
+        store.open(fingerprint)
     result = result_of(request["type"], random.Random(request["fingerprint"]))
     with store.attempt() as out:
         (out / "value.json").write_text(json.dumps(result))

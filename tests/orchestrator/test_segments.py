@@ -126,7 +126,7 @@ def test_a_damaged_segment_a_newer_one_and_none_at_all_are_errors_that_say_so(tm
     whole = store.blobs.read(key)
 
     store.blobs.write(key, whole[:-5])
-    with pytest.raises(LedgerError, match="segment ledger/s/.* is damaged"):
+    with pytest.raises(LedgerError, match=r"segment ledger/s/.* is damaged"):
         segments.pull(store, tmp_path / "two")
     head, rest = whole.split(b"\n", 1)
     store.blobs.write(key, json.dumps({**json.loads(head), "format": 9}).encode() + b"\n" + rest)

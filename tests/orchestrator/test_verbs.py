@@ -188,7 +188,6 @@ def test_explain_compares_a_task_of_the_ledger_with_what_the_plan_has_in_its_pla
 
 def test_explain_names_the_modules_of_which_the_code_has_changed(home: Path, pare_says: Run) -> None:
     store = Store(home / "store")
-    explaining.remember_code(store.blobs)
     with closing(Ledger(home, write=True)) as ledger:  # as if all had been made by an earlier version of one module
         for row in ledger.rows("SELECT fingerprint, type, record FROM task WHERE type = 'compress'"):
             record = json.loads(row["record"])
@@ -497,6 +496,14 @@ def test_gc_of_a_home_without_a_ledger_touches_nothing(home: Path, pare_says: Ru
     assert sum(held(home).values()) == 21
 
 
+def test_a_sweep_that_keeps_exports_alone_drops_the_rest_when_it_ends_and_stays_done(tmp_path: Path) -> None:
+    words = ["recipe=rtn", "recipe.quantize.bits=3,4", "store.keep=exports"]
+    homes.ran(tmp_path, *words)
+
+    assert set(held(tmp_path)) == {"export", "evaluate"}
+    assert homes.ran(tmp_path, *words).ran == []
+
+
 def test_when_a_sweep_ends_only_what_is_its_own_is_dropped(home: Path) -> None:
     homes.ran(home, "recipe=rtn", "recipe.quantize.bits=3,5", "name=later")
     experiment = config.load([*homes.TINY, "recipe=rtn", "recipe.quantize.bits=3,5", "name=later", "store.keep=exports"])
@@ -587,12 +594,14 @@ def test_a_second_machine_that_knows_only_the_store_reads_and_goes_on(
     url = str(tmp_path / "shared")
     homes.ran(tmp_path / "first", *SWEEP, f"store.url={url}", fail={FAILED: ["user_error"]})
     shutil.rmtree(tmp_path / "first")
+    url = str((tmp_path / "shared").rename(tmp_path / "mounted elsewhere"))
     monkeypatch.setenv("PARE_HOME", str(tmp_path / "second"))
     worker = homes.by_hand(monkeypatch, Path(url))
 
     assert pare_says("status", "--json", "--store", url)["tasks"] == {"done": 21, "failed": 1, "pending": 1}
     assert len(pare_says("report", "--json", "--store", url)["trials"]) == 4
     assert "failed user_error as told" in pare_says("logs", "gptq-bits=4", "--store", url)
+    pare_says("export", "gptq-bits=3", "--store", url, "--to", str(tmp_path / "before"))
     pare_says("retry-failed", "--store", url, "--json")
 
     assert worker.ran == [FAILED, "evaluate gptq-bits=4"]
