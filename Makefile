@@ -8,16 +8,17 @@ BIN := .venv/bin
 RUN := .venv/.run-$(TORCH)
 DEV := .venv/.dev-$(TORCH)
 UI := .venv/.ui-$(TORCH)
+PEERS := .venv/peers
 # The top-level folders that install beneath the package pare. mypy sees them there through links; import-linter does not
 # follow links and gets a copy.
 ROOMS := conf methods orchestrator tracking workers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-ui test-gpu lint format ui lock clean
+.PHONY: help setup demo test test-slow test-ui test-gpu bench-orchestration bench-slots lint format ui lock clean
 
 help:  ## print this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(RUN)  ## make .venv with everything that Pare needs (TORCH=cpu|cuda)
 	@echo "ready: $(BIN)/pare --help"
@@ -36,6 +37,12 @@ test-ui: $(UI)  ## the MLflow UI in a real browser; needs Chromium (Debian: apt-
 
 test-gpu: $(DEV)  ## what needs a GPU
 	$(BIN)/python -m pytest -m gpu --timeout 900
+
+bench-orchestration: $(RUN) $(PEERS)/.done  ## what Pare itself takes, beside Ray Tune and MLflow (under 20 minutes)
+	$(BIN)/python -m benchmarks.orchestration --peers $(PEERS)/bin/python
+
+bench-slots: $(RUN)  ## where the slot time of the latest sweep went (after make demo)
+	$(BIN)/python -m benchmarks.slots
 
 lint: $(DEV)  ## ruff, mypy, import-linter
 	$(BIN)/ruff check .
@@ -83,6 +90,11 @@ $(RUN): requirements.lock pyproject.toml
 
 $(DEV): $(RUN) requirements-dev.lock
 	$(BIN)/pip install -q -r requirements-dev.lock
+	@touch $@
+
+$(PEERS)/.done: benchmarks/requirements-peers.txt
+	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q -r $<
 	@touch $@
 
 $(UI): $(DEV)

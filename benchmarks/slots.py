@@ -83,17 +83,15 @@ def account(started: float, finished: float, slots: int, attempts: Sequence[Atte
 
 
 def read(home: Path, sweep: str | None) -> tuple[dict[str, Any], list[Attempt]]:
-    """The latest run of a sweep in which something ran, and its attempts."""
+    """The latest run of a sweep in which something ran and that came to its end, and its attempts."""
     with closing(Ledger(home)) as ledger:
         found = ledger.find_sweep(sweep)["id"]
-        query = "SELECT * FROM run WHERE sweep = ? AND executed > 0 AND finished IS NOT NULL ORDER BY started DESC LIMIT 1"
+        query = "SELECT * FROM run WHERE sweep = ? AND executed AND status IN ('done', 'failed') ORDER BY started DESC"
         runs = ledger.rows(query, found)
         if not runs:
-            raise SystemExit(f"no run of sweep {found} in {home} has finished a task. Try: make demo")
-        rows = ledger.rows(
-            "SELECT attempt.*, task.type FROM attempt JOIN task USING (fingerprint) WHERE run = ? AND attempt.finished IS NOT NULL",
-            runs[0]["id"],
-        )
+            raise SystemExit(f"no run of sweep {found} in {home} has finished. Try: make demo")
+        query = "SELECT attempt.*, type FROM attempt JOIN task USING (fingerprint) WHERE run = ? AND attempt.finished > 0"
+        rows = ledger.rows(query, runs[0]["id"])
     attempts = [
         Attempt(row["type"], row["started"], row["finished"], row["status"] == "done", json.loads(row["cost"] or "{}"))
         for row in rows

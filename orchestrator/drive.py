@@ -33,6 +33,7 @@ from pare.orchestrator.ray_pool import RayPool
 from pare.orchestrator.record import build_record, outcome_digest, trial_uid
 from pare.orchestrator.segments import Segments
 from pare.tracking import report as render
+from pare.workers.store import Store
 
 COLUMN = 56
 """Where the explanations of what to type next begin."""
@@ -65,18 +66,11 @@ def run(
         estimates, _ = preflight.forecast(experiment, plan, missing, device, home, History.read(known_costs))
     preflight.check_feasible(plan, missing, experiment, home, device, estimates)
     with contextlib.closing(Ledger(home, write=True)) as ledger:
-        sweep = sweep_id(experiment)
-        store.remove_dead_attempts()
-        register(plan, store, ledger)
-        if missing:
-            explain.remember_code(store.blobs)
+        leases = Leases(store.blobs, ledger.id) if experiment.store.url else None
+        if leases:
+            refuse_busy([plan.tasks[fp] for fp in again], leases)
+        sweep, run_id = begin(experiment, plan, store, ledger, missing, command, only)
         cached = sum(not task.late for task in plan.tasks.values()) - len(missing)
-        described = about(experiment, plan)
-        run_id = ledger.start_run(sweep, experiment.name, command, described, len(plan.tasks), plan.total_if_separate, cached)
-        known = {row["name"] for row in ledger.trials(sweep)} if only is not None else set()
-        for position, trial in enumerate(experiment.trials):
-            if only is None or trial.name in only or trial.name not in known:
-                ledger.put_trial(sweep, position, trial_row(trial, plan))
         console.print(
             f"sweep [bold]{sweep}[/bold]: {len(experiment.trials)} trials, {len(plan.tasks)} tasks "
             f"({plan.total_if_separate} if each trial ran alone), {cached} need not run, {len(missing)} to run",
@@ -87,12 +81,7 @@ def run(
         place_of = tracking_place(home, tracking.uri, tracking.experiment)
         tracker = Tracker(home, sweep, store, place_of, tracking.enabled)
         segments = Segments(ledger, store.blobs, sweep)
-        leases = Leases(store.blobs, ledger.id) if experiment.store.url else None
-        if leases:
-            refuse_busy([plan.tasks[fp] for fp in again], leases)
-        ledger.post(sweep, "", "sweep", None)
-        ledger.commit()
-        state, code = "interrupted", 0
+        state, code, reason = "interrupted", 0, "interrupted"
         try:
             with engine_pool(pool, missing, experiment, device, home, plan, estimates) as place:
                 engine = Engine(
@@ -108,38 +97,80 @@ def run(
                     tracker.start()
                 with Telling(ledger, sweep, plan, len(missing), console) as board, interruptible(engine, board.say):
                     engine.execute(board)
-            failed = [t for t in ledger.trials(sweep) if t["status"] == "failed"]
             if engine.stopping and engine.missing:
+                reason = engine.stopping
                 code = 128 + engine.interrupted if engine.interrupted else 3 if engine.failed else 5
             else:
-                state = "failed" if failed or engine.failed else "done"
+                failed = engine.failed or any(trial["status"] == "failed" for trial in ledger.trials(sweep))
+                state = "failed" if failed else "done"
         finally:
+            if state == "interrupted":
+                console.print(f"\n{reason}; what is finished is kept. Go on with:\n  {command}", highlight=False, markup=False)
             ledger.end_run(run_id, state)
             ledger.commit()
             if leases:
                 leases.close()
             segments.write(at_once=True)
-            if state == "interrupted":
-                reason = engine.stopping if code else "interrupted"
-                console.print(f"\n{reason}; what is finished is kept. Go on with:\n  {command}", highlight=False, markup=False)
         if code in (130, 143):
             return code
-        record = build_record(ledger, store, sweep)
-        directory = home / "sweeps" / sweep
-        fresh = ledger.tracked(sweep) != outcome_digest(record) or not (directory / "report.html").exists()
-        if fresh:
-            render.write_report(record, directory)
-        else:
-            (directory / "report.json").write_text(json.dumps(record, indent=1))
-        behind = tracker.finish(record, say=lambda line: console.print(line, highlight=False)) if fresh else None
-        if not behind:
-            ledger.set_tracked(sweep, outcome_digest(record))
-        show(record, directory, as_json)
-        if freed := upkeep.after_run(ledger, store, experiment, record):
-            console.print(freed, highlight=False, markup=False)
-        if behind:
-            console.print(behind, highlight=False, markup=False, soft_wrap=True)
+        behind = conclude(experiment, store, ledger, sweep, home, tracker, console, as_json)
         return code or (3 if state == "failed" else 6 if behind else 0)
+
+
+def begin(
+    experiment: Experiment,
+    plan: Plan,
+    store: Store,
+    ledger: Ledger,
+    missing: list[Task],
+    command: str,
+    only: Collection[str] | None,
+) -> tuple[str, int]:
+    """Writes into the ledger what is going to happen. Returns (sweep, run)."""
+    sweep = sweep_id(experiment)
+    store.remove_dead_attempts()
+    register(plan, store, ledger)
+    if missing:
+        explain.remember_code(store.blobs)
+    cached = sum(not task.late for task in plan.tasks.values()) - len(missing)
+    described = about(experiment, plan)
+    run = ledger.start_run(sweep, experiment.name, command, described, len(plan.tasks), plan.total_if_separate, cached)
+    known = {row["name"] for row in ledger.trials(sweep)} if only is not None else set()
+    for position, trial in enumerate(experiment.trials):
+        if only is None or trial.name in only or trial.name not in known:
+            ledger.put_trial(sweep, position, trial_row(trial, plan))
+    ledger.post(sweep, "", "sweep", None)
+    ledger.commit()
+    return sweep, run
+
+
+def conclude(
+    experiment: Experiment,
+    store: Store,
+    ledger: Ledger,
+    sweep: str,
+    home: Path,
+    tracker: Tracker,
+    console: Console,
+    as_json: bool,
+) -> str | None:
+    """Report, tracking, what is to be printed and what may be freed. Returns what to tell if tracking is behind."""
+    record = build_record(ledger, store, sweep)
+    directory = home / "sweeps" / sweep
+    fresh = ledger.tracked(sweep) != outcome_digest(record) or not (directory / "report.html").exists()
+    if fresh:
+        render.write_report(record, directory)
+    else:
+        (directory / "report.json").write_text(json.dumps(record, indent=1))
+    behind = tracker.finish(record, say=lambda line: console.print(line, highlight=False)) if fresh else None
+    if not behind:
+        ledger.set_tracked(sweep, outcome_digest(record))
+    show(record, directory, as_json)
+    if freed := upkeep.after_run(ledger, store, experiment, record):
+        console.print(freed, highlight=False, markup=False)
+    if behind:
+        console.print(behind, highlight=False, markup=False, soft_wrap=True)
+    return behind
 
 
 def refuse_busy(tasks: list[Task], leases: Leases) -> None:

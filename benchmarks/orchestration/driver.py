@@ -52,6 +52,8 @@ class Quiet:
         if not reply["ok"]:
             raise RuntimeError(f"{task.label} {task.fingerprint[:12]}: {reply['failure']}: {reply.get('message')}")
 
+    def elsewhere(self, task: Task, holder: dict[str, Any]) -> None: ...
+
     def trial_ended(self, trial: str, status: str, failure: dict[str, Any] | None) -> None:
         if self.tracked:
             self.ledger.post(self.sweep, trial_uid(self.sweep, trial), "trial", None)
