@@ -326,6 +326,7 @@ class Engine:
             "device": self.device if task.type in DEPENDS_ON_DEVICE else "cpu",
             "threads": task.spec["threads"] if task.type in ALONE else 1,
             "log": str(self.log(task).absolute()),
+            "keep_log": self.leases is not None,  # others work on this store
         }
 
     def launch(self, tasks: list[Task], listener: Listener) -> None:
@@ -470,7 +471,9 @@ class Engine:
         try:
             new = self.plan.resolve(trial, results)
         except NoMembersError as e:
-            cause = {"failure": "no_members", "message": str(e), "task": None}
+            why = next((c for fp in candidates if (c := self.cause(fp))), None)
+            message = f"{e}. '{why['task']}' failed: {why['message']}" if why else str(e)
+            cause = {"failure": "no_members", "message": message, "task": why and why["task"]}
             self.end_trial(trial, "failed", cause, listener)
             return False
         register_tasks(new, self.store, self.ledger)

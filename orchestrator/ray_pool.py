@@ -83,7 +83,7 @@ class RayPool:
 
     def submit(self, job: int, requests: list[dict[str, Any]], room: Room) -> None:
         actor = self._acquire(self._size_of(room), room)
-        more: dict[str, Any] = {} if self.is_local else {"keep_log": True}
+        more: dict[str, Any] = {} if self.is_local else {"log": None}  # a path of this machine
         if self.per_gpu > 1 and room is Room.SLOT:
             more["gpu_fraction"] = 1 / self.per_gpu
         ref = actor.run.remote([{**request, **more} for request in requests])

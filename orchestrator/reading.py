@@ -205,7 +205,10 @@ def logs(arguments: argparse.Namespace, home: Path) -> int:
     else:
         rows = {row["fingerprint"]: row for row in tasks_like(ledger, arguments.what)}
         tasks = [rows[only_one(arguments.what, rows, trials)]]
-    said = [{**log_of(ledger, home, task["fingerprint"]), "label": task["label"], "status": task["status"]} for task in tasks]
+    store = places.store_of(home, sweep, arguments.store)
+    said = [
+        {**log_of(ledger, store, home, task["fingerprint"]), "label": task["label"], "status": task["status"]} for task in tasks
+    ]
     if arguments.json:
         show_json({"schema_version": SCHEMA_VERSION, "sweep": sweep["id"], "logs": said})
         return 0
@@ -224,15 +227,24 @@ def is_running(ledger: Ledger, fingerprint: str) -> bool:
     return bool(ledger.tasks([fingerprint])[fingerprint]["status"] == "running")
 
 
-def log_of(ledger: Ledger, home: Path, fingerprint: str) -> dict[str, Any]:
-    """A task's log as it stands, and its attempts, which are known where the log is on another machine."""
+def log_of(ledger: Ledger, store: Store, home: Path, fingerprint: str) -> dict[str, Any]:
+    """A task's log as it stands, here or in the store, and its attempts."""
+    from pare.workers.blobs import log_key
+
     path = home / "logs" / f"{fingerprint[:12]}.log"
+    if path.exists():
+        text = path.read_bytes()
+    else:
+        try:
+            text = store.blobs.read(log_key(fingerprint))
+        except FileNotFoundError:
+            text = b""
     attempts = ledger.rows("SELECT * FROM attempt WHERE fingerprint = ? ORDER BY id", fingerprint)
     return {
         "task": fingerprint[:12],
         "fingerprint": fingerprint,
         "path": str(path),
-        "text": path.read_text(errors="replace") if path.exists() else "",
+        "text": text.decode(errors="replace"),
         "attempts": [{key: row[key] for key in ("number", "status", "failure", "message")} for row in attempts],
     }
 

@@ -1,4 +1,4 @@
-"""Named blobs in a directory or in an object store: what leases, ledger segments and checkpoints are kept in.
+"""Named blobs in a directory or in an object store: what leases, ledger segments, checkpoints and logs are kept in.
 
 A key is a relative path with slashes. A write is whole or not there; `create` succeeds for one caller only, whoever else
 tries at the same time. Artifacts, which are directories, are the store's.
@@ -293,3 +293,8 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def log_key(fingerprint: str) -> str:
+    """The blob in which others find the log of a task."""
+    return f"logs/{fingerprint[:12]}.log"

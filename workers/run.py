@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pare.workers.blobs import log_key
 from pare.workers.checkpoint import EVERY_S, Checkpoint
 from pare.workers.store import ArtifactError, Store, open_store
 from pare.workers.task import TaskContext, TaskError
@@ -339,27 +340,19 @@ def resident_bytes(field: str, pid: int | str = "self") -> int:
 
 @contextlib.contextmanager
 def output_of(request: dict[str, Any]) -> Iterator[None]:
-    """Sends what a task prints to its log: a file of the driver's machine or, with `keep_log`, a blob of the store."""
+    """Sends what a task prints to its log: a file of the driver's machine and, with `keep_log`, a blob of the store."""
     if not request.get("keep_log"):
         with output_to(request.get("log")):
             yield
         return
     with tempfile.TemporaryDirectory() as scratch:
-        log = Path(scratch) / "log"
+        log = Path(request.get("log") or f"{scratch}/log")
         try:
             with output_to(str(log)):
                 yield
         finally:
-            key = log_key(request["fingerprint"])
-            blobs = store_of(request).blobs
-            with contextlib.suppress(FileNotFoundError):
-                log.write_bytes(blobs.read(key) + log.read_bytes())
-            blobs.write(key, log.read_bytes()[-LOG_BYTES:])
-
-
-def log_key(fingerprint: str) -> str:
-    """The blob in which the log of a task is kept that ran on another machine than its driver."""
-    return f"logs/{fingerprint[:12]}.log"
+            if written := log.read_bytes():
+                store_of(request).blobs.write(log_key(request["fingerprint"]), written[-LOG_BYTES:])
 
 
 @contextlib.contextmanager
