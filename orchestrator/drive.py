@@ -63,7 +63,9 @@ def run(
         known_costs = ledger_if_any(home)
         if known_costs:
             stack.callback(known_costs.close)
-        estimates, _ = preflight.forecast(experiment, plan, missing, device, home, History.read(known_costs))
+        estimates, _ = preflight.forecast(
+            experiment, plan, [*missing, *plan.expected()], device, home, History.read(known_costs)
+        )
     preflight.check_feasible(plan, missing, experiment, home, device, estimates)
     with contextlib.closing(Ledger(home, write=True)) as ledger:
         leases = Leases(store.blobs, ledger.id) if experiment.store.url else None

@@ -192,8 +192,11 @@ class Engine:
         self.solo: deque[Task] = deque()
         self.ends: dict[str, list[str]] = {}
         self.open: dict[str, int] = {}
-        durations = {fp: self.estimates[fp].wall_s if fp in self.estimates else 0.0 for fp in self.missing}
-        self.ranks = ranks(list(self.missing.values()), durations)
+        nodes = [*self.missing.values(), *self.plan.expected()]
+        durations = {
+            n.fingerprint: self.estimates[n.fingerprint].wall_s if n.fingerprint in self.estimates else 0.0 for n in nodes
+        }
+        self.ranks = ranks(nodes, durations)
         self.admit(self.missing.values())
         for trial in self.plan.goals:
             self.watch(trial)
@@ -468,6 +471,7 @@ class Engine:
                 results[fingerprint] = None
             else:
                 return False
+        rank_of = {task.label: self.ranks.get(task.fingerprint, 0.0) for task in self.plan.expected()}
         try:
             new = self.plan.resolve(trial, results)
         except NoMembersError as e:
@@ -482,6 +486,7 @@ class Engine:
         fresh = [task for task in self.plan.missing(self.store, [trial]) if task.fingerprint not in self.missing]
         self.ledger.count_cached(self.run, len(new) - len(fresh))
         self.missing |= {task.fingerprint: task for task in fresh}
+        self.ranks |= {task.fingerprint: rank_of.get(task.label, 0.0) for task in fresh}
         self.admit(fresh)
         self.watch(trial)
         return True

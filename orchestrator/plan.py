@@ -132,6 +132,20 @@ class Plan:
         goals = self.goals[trial]
         return [*goals.ends, *([goals.speed] if goals.speed else [])]
 
+    def expected(self) -> list[Task]:
+        """The tasks that stand for what queries will choose, behind the scores by which it is chosen."""
+        found = []
+        for trial, late in self.late.items():
+            own = {fp: self.tasks[fp] for fp in self.goals[trial].tasks if self.tasks[fp].late}
+            for task in own.values():
+                asked = (
+                    {}
+                    if own.keys() & set(task.inputs.values())
+                    else {f"select.{name}": fp for name, fp in late.candidates.items()}
+                )
+                found.append(dataclasses.replace(task, inputs={**task.inputs, **asked}))
+        return list({task.fingerprint: task for task in found}.values())
+
     def answer(self, store: Store) -> None:
         """Answers the queries of late trials whose candidates have all been scored before."""
         for trial, late in list(self.late.items()):
