@@ -31,7 +31,7 @@ from pare.workers.store import Store
 RETRIES = {
     "lost_worker": 3,
     "oom_host": 1,
-    "oom_gpu": 1,
+    "oom_gpu": 2,
     "corrupt_input": 1,
     "hang": 1,
     "unknown": 1,
@@ -323,7 +323,7 @@ class Engine:
             "type": task.type,
             "label": task.label,
             "spec": task.spec,
-            "where": task.where,
+            "where": {**task.where, "halvings": self.failures[task.fingerprint, "oom_gpu"]},
             "inputs": task.inputs,
             "store": self.store.location,
             "device": self.device if task.type in DEPENDS_ON_DEVICE else "cpu",

@@ -40,6 +40,9 @@ class Engine:
     arguments: dict[str, Any] = field(default_factory=dict)
     """Further `TrainingArguments`, e.g. `deepspeed`."""
 
+    halvings: int = 0
+    """How often the micro-batch is halved, for room; the batch of a step, and so what is learnt, stays."""
+
 
 @dataclass
 class Step:
@@ -79,11 +82,14 @@ def train(
     if method.optimizer not in optimizers:
         raise TaskError(f"{method.name}.optimizer must be one of {', '.join(optimizers)}, got {method.optimizer!r}")
     scratch = directory / "tmp"
+    micro_batch = max(1, method.micro_batch_size >> engine.halvings)
+    while method.batch_size % micro_batch:
+        micro_batch -= 1
     arguments = TrainingArguments(
         output_dir=str(scratch),
         max_steps=method.steps,
-        per_device_train_batch_size=method.micro_batch_size,
-        gradient_accumulation_steps=method.batch_size // method.micro_batch_size,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=method.batch_size // micro_batch,
         learning_rate=method.learning_rate,
         lr_scheduler_type=SCHEDULES[method.schedule],
         warmup_steps=math.ceil(method.warmup * method.steps),

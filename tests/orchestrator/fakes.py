@@ -10,7 +10,7 @@ from pare.orchestrator.engine import Engine, Limits, register
 from pare.orchestrator.fingerprint import digest
 from pare.orchestrator.ledger import Ledger
 from pare.orchestrator.plan import Goals, Plan, Task
-from pare.orchestrator.pool import InlinePool
+from pare.orchestrator.pool import InlinePool, Room
 from pare.workers.store import ArtifactError, Store
 
 
@@ -46,6 +46,8 @@ class Toy:
         self.batches: list[list[str]] = []
         self.fail: dict[str, list[str]] = {}
         self.die_at: str | None = None
+        self.halvings: dict[str, list[int]] = {}
+        self.rooms: dict[str, list[Room]] = {}
 
     def __call__(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
         self.batches.append([r["label"] for r in requests])
@@ -56,6 +58,7 @@ class Toy:
         if label == self.die_at:
             raise KeyboardInterrupt
         self.ran.append(label)
+        self.halvings.setdefault(label, []).append(request.get("where", {}).get("halvings", 0))
         failures = self.fail.get(label, [])
         if failures:
             return {"ok": False, "failure": failures.pop(0), "message": "as told", "cost": {}}
@@ -73,6 +76,19 @@ class Toy:
 
     def times(self) -> Counter[str]:
         return Counter(self.ran)
+
+
+class ToyPool(InlinePool):
+    """Remembers what room a task was given."""
+
+    def __init__(self, toy: Toy) -> None:
+        super().__init__(toy)
+        self.toy = toy
+
+    def submit(self, job: int, requests: list[dict[str, Any]], room: Room) -> None:
+        for request in requests:
+            self.toy.rooms.setdefault(request["label"], []).append(room)
+        super().submit(job, requests, room)
 
 
 class Silent:
@@ -103,7 +119,7 @@ def execute(home: Path, plan: Plan, toy: Toy, keep_going: bool = True) -> tuple[
     for position, (name, goals) in enumerate(plan.goals.items()):
         row = {"name": name, "block": name, "recipe": name, "overrides": {}, "config": {}, "goals": vars(goals)}
         ledger.put_trial("toy", position, {**row, "status": "pending", "failure": None})
-    engine = Engine(plan, toy.store, ledger, run, "toy", InlinePool(toy), home, "cpu", Limits(keep_going))
+    engine = Engine(plan, toy.store, ledger, run, "toy", ToyPool(toy), home, "cpu", Limits(keep_going))
     listener = Silent()
     try:
         engine.execute(listener)

@@ -7,6 +7,7 @@ import pytest
 from pare.orchestrator.engine import RETRIES
 from pare.orchestrator.errors import BusyError
 from pare.orchestrator.ledger import Ledger
+from pare.orchestrator.pool import Room
 from pare.workers.store import Store
 from tests.orchestrator import fakes
 
@@ -154,3 +155,23 @@ def test_two_drivers_do_not_work_in_one_home(tmp_path: Path) -> None:
 
     first.close()
     Ledger(tmp_path, write=True).close()
+
+
+def test_what_ran_out_of_gpu_memory_is_tried_again_with_more_room_and_smaller_micro_batches(
+    tmp_path: Path, toy: fakes.Toy
+) -> None:
+    toy.fail["compress a"] = ["oom_gpu", "oom_gpu"]
+
+    fakes.execute(tmp_path, fakes.toy_plan(), toy)[2].close()
+
+    assert toy.halvings["compress a"] == [0, 1, 2]
+    assert toy.halvings["compress b"] == [0]
+    assert toy.rooms["compress a"] == [Room.SLOT, Room.DEVICE, Room.DEVICE]
+
+
+def test_what_ran_out_of_host_memory_is_tried_again_with_nothing_beside_it(tmp_path: Path, toy: fakes.Toy) -> None:
+    toy.fail["compress a"] = ["oom_host"]
+
+    fakes.execute(tmp_path, fakes.toy_plan(), toy)[2].close()
+
+    assert toy.rooms["compress a"] == [Room.SLOT, Room.MACHINE]

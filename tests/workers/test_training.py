@@ -102,6 +102,22 @@ def test_the_micro_batch_changes_memory_and_not_the_result(tmp_path: Path, cls: 
         assert torch.allclose(weights(results[0][1]), weights(model), atol=2e-5)
 
 
+def test_a_halved_micro_batch_is_that_of_the_setting_to_the_bit(tmp_path: Path) -> None:
+    """What an attempt gets that follows one which ran out of memory."""
+
+    def trained(micro_batch: int, halvings: int) -> Tensor:
+        method = Lora(steps=2, batch_size=4, micro_batch_size=micro_batch)
+        out = tmp_path / f"{micro_batch} {halvings}"
+        out.mkdir(exist_ok=True)
+        model = method.prepare(llama(), Context(CPU, 0))
+        train(method, model, SEQUENCES, out, 0, Engine(CPU, torch.float32, halvings=halvings))
+        return weights(model)
+
+    assert torch.equal(trained(4, 1), trained(2, 0))
+    assert torch.equal(trained(4, 5), trained(1, 0))
+    assert torch.equal(trained(1, 1), trained(1, 0))
+
+
 def test_a_gradient_is_divided_by_the_tokens_that_the_method_counted(tmp_path: Path) -> None:
     seen: list[Tensor] = []
 

@@ -29,7 +29,8 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     sequences = load_file(ctx.inputs["tokens"] / "tokens.safetensors")["input_ids"]
     model = load_in_memory(ModelArtifact(ctx.inputs["model"], ctx.resolve), DTYPES[dtype])
     model = method.prepare(model, context)
-    engine, live = Engine(ctx.device, DTYPES[dtype]), (ctx.progress, ctx.point)
+    halvings = ctx.spec.get("where", {}).get("halvings", 0)  # set by the driver when an attempt ran out of GPU memory
+    engine, live = Engine(ctx.device, DTYPES[dtype], halvings=halvings), (ctx.progress, ctx.point)
     steps = train(method, model, sequences, ctx.out, ctx.spec["seed"], engine, *live, ctx.checkpoint)
     write_formulas(ctx.out, ctx.fingerprint_of["model"], method.finish(model, ctx.out))
 
