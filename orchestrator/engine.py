@@ -52,6 +52,9 @@ COORDINATED = frozenset({"allocate"})
 STOPPED = "stopped"
 """Class of an attempt that ended because it was told to. It is no failure of the task."""
 
+SHORT_S = 0.05
+"""A task that takes less may be handed to a worker before the one it is at has ended."""
+
 WAIT_S = 0.25
 LOOK_EVERY_S = 1.0
 """Between two looks at how far the running tasks are."""
@@ -105,6 +108,8 @@ class Job:
     beat_at: float = field(default_factory=time.monotonic)
     seen: int = 0
     """Curve points taken in."""
+    behind: int | None = None
+    """The job in whose worker it waits."""
 
 
 @dataclass
@@ -166,6 +171,8 @@ class Engine:
         self.elsewhere: dict[str, Task] = {}
         """Tasks that another driver is at."""
         self.jobs = 0
+        self.unfollowed: list[int] = []
+        """Running jobs of short tasks behind which nothing waits."""
         self.stopping: str | None = None
         """Why nothing more is started, if so."""
         self.interrupted = 0
@@ -255,6 +262,8 @@ class Engine:
                     self.take_in(job, replies, listener)
                 self.look(listener)
                 self.look_elsewhere(listener)
+            if self.leases:
+                self.take_over()
         finally:
             self._thinkers.shutdown(wait=False, cancel_futures=True)
             self.commit()
@@ -300,6 +309,9 @@ class Engine:
             if task is None:
                 break
             self.launch([task], listener)
+        while self.unfollowed and self.pool.idle() <= 0 and self.ready and self.is_short(self.ready[0][2]):
+            if task := self.next_ready():
+                self.launch([task], listener, behind=self.unfollowed.pop())
         if not self.alone or self.running or self.searches or self.ready or self.elsewhere:
             return
         if not any(task.type not in ALONE for task in self.unblocked()):
@@ -332,7 +344,16 @@ class Engine:
             "keep_log": self.leases is not None,  # others work on this store
         }
 
-    def launch(self, tasks: list[Task], listener: Listener) -> None:
+    def is_short(self, fingerprint: str) -> bool:
+        """Whether a task may wait in line behind another one, so that its worker need not wait for the driver."""
+        estimate = self.estimates.get(fingerprint)
+        task = self.missing.get(fingerprint)
+        return (
+            estimate is not None and estimate.wall_s < SHORT_S and task is not None
+            and task.type not in COORDINATED and self.room_of(task) is Room.SLOT
+        )  # fmt: skip
+
+    def launch(self, tasks: list[Task], listener: Listener, behind: int | None = None) -> None:
         tasks = [task for task in tasks if self.is_ours(task, listener)]
         if not tasks:
             return
@@ -350,8 +371,10 @@ class Engine:
             self.searches[tasks[0].fingerprint] = search
             return
         self.jobs += 1
-        self.running[self.jobs] = Job(tasks)
-        self.pool.submit(self.jobs, [self.request(task) for task in tasks], self.room_of(tasks[0]))
+        self.running[self.jobs] = Job(tasks, behind=behind)
+        if behind is None and self.is_short(tasks[0].fingerprint):
+            self.unfollowed.append(self.jobs)
+        self.pool.submit(self.jobs, [self.request(task) for task in tasks], self.room_of(tasks[0]), behind)
 
     def room_of(self, task: Task) -> Room:
         """What ran out of memory gets more of it."""
@@ -362,6 +385,12 @@ class Engine:
     def take_in(self, job: int, replies: list[Reply], listener: Listener) -> None:
         """Writes down how a job ended. A worker that died gives one reply for all its tasks."""
         ended = self.running.pop(job)
+        if job in self.unfollowed:
+            self.unfollowed.remove(job)
+        for number, other in self.running.items():
+            if other.behind == job:
+                other.behind, other.since, other.beat_at = None, time.monotonic(), time.monotonic()
+                self.unfollowed.append(number)
         if ended.probes is not None:
             self.take_in_probes(ended, replies[0])
             return
@@ -522,6 +551,13 @@ class Engine:
         for trial in list(self.ends.get(task.fingerprint, ())):
             self.open[trial] -= 1
             self.settle(trial, listener)
+
+    def take_over(self) -> None:
+        """Copies into the ledger what others have made in the meantime and nothing here has waited for."""
+        rows = self.ledger.tasks(list(self.plan.tasks))
+        for fingerprint in self.store.present(fp for fp, row in rows.items() if row["status"] != "done"):
+            manifest = self.store.manifest(fingerprint)
+            self.ledger.put_result(fingerprint, manifest["digest"], manifest["result"], manifest["cost"])
 
     def look_elsewhere(self, listener: Listener) -> None:
         """What others have published, and what they have let go of."""

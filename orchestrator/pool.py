@@ -28,7 +28,9 @@ class Pool(Protocol):
 
     def idle(self) -> int: ...
 
-    def submit(self, job: int, requests: list[dict[str, Any]], room: Room) -> None: ...
+    def submit(self, job: int, requests: list[dict[str, Any]], room: Room, behind: int | None = None) -> None:
+        """behind: a running job in whose worker this one may wait; it takes no slot until that one has ended."""
+        ...
 
     def wait(self, timeout_s: float) -> list[tuple[int, list[Reply]]]: ...
 
@@ -68,7 +70,7 @@ class InlinePool:
     def idle(self) -> int:
         return self.slots - len(self._queue)
 
-    def submit(self, job: int, requests: list[dict[str, Any]], room: Room) -> None:
+    def submit(self, job: int, requests: list[dict[str, Any]], room: Room, behind: int | None = None) -> None:
         self._queue.append((job, requests))
 
     def wait(self, timeout_s: float) -> list[tuple[int, list[Reply]]]:

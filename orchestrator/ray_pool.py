@@ -45,8 +45,9 @@ class Running:
 
     job: int
     actor: Any
-    kind: str
-    """Type of its tasks."""
+    requests: list[dict[str, Any]]
+    in_line: bool = False
+    """Whether it waits for another job of its actor."""
 
 
 class RayPool:
@@ -79,15 +80,18 @@ class RayPool:
             raise
 
     def idle(self) -> int:
-        return self.slots - sum(self._size[running.actor] for running in self._running.values())
+        return self.slots - sum(self._size[running.actor] for running in self._running.values() if not running.in_line)
 
-    def submit(self, job: int, requests: list[dict[str, Any]], room: Room) -> None:
-        actor = self._acquire(self._size_of(room), room)
+    def submit(self, job: int, requests: list[dict[str, Any]], room: Room, behind: int | None = None) -> None:
+        before = next((running for running in self._running.values() if running.job == behind), None)
+        actor = before.actor if before else self._acquire(self._size_of(room), room)
         more: dict[str, Any] = {} if self.is_local else {"log": None}  # a path of this machine
         if self.per_gpu > 1 and room is Room.SLOT:
             more["gpu_fraction"] = 1 / self.per_gpu
-        ref = actor.run.remote([{**request, **more} for request in requests])
-        self._running[ref] = Running(job, actor, requests[0]["type"])
+        self._send(Running(job, actor, [{**request, **more} for request in requests], before is not None))
+
+    def _send(self, running: Running) -> None:
+        self._running[running.actor.run.remote(running.requests)] = running
 
     def wait(self, timeout_s: float) -> list[tuple[int, list[Reply]]]:
         """Jobs that ended within the time. A worker that died is a failed reply, never an exception."""
@@ -99,8 +103,11 @@ class RayPool:
         if ready and rest:
             ready += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         done = []
-        for ref in ready:
+        for ref in sorted(ready, key=lambda ref: self._running[ref].job):
             ended = self._running.pop(ref)
+            if ended.in_line:  # its actor was given up for the job before it
+                self.submit(ended.job, ended.requests, Room.SLOT)
+                continue
             self._looks.pop(ended.job, None)
             try:
                 replies, held, self._node[ended.actor] = self._ray.get(ref)
@@ -109,7 +116,11 @@ class RayPool:
             except self._ray.exceptions.RayError as e:
                 replies, held = [self._killed.pop(ended.job, None) or failed("lost_worker", first_line(e))], None
             self._killed.pop(ended.job, None)
-            if all(reply["ok"] for reply in replies) and not self._has_grown(ended.actor, ended.kind, held):
+            follower = next((other for other in self._running.values() if other.actor is ended.actor), None)
+            is_well = all(reply["ok"] for reply in replies)
+            if is_well and follower:
+                follower.in_line = False
+            elif is_well and not self._has_grown(ended.actor, ended.requests[0]["type"], held):
                 self._idle.append(ended.actor)
             else:
                 self._retire(ended.actor)
@@ -117,7 +128,7 @@ class RayPool:
         return done
 
     def look(self, wanted: Mapping[int, tuple[str, int]]) -> dict[int, dict[str, Any]]:
-        actors = {running.job: running.actor for running in self._running.values()}
+        actors = {running.job: running.actor for running in self._running.values() if not running.in_line}
         found = {}
         for job, (key, seen) in wanted.items():
             if job not in actors:

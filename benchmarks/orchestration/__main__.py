@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.orchestration.readings import Reading, as_json, control, figures, usual
+from benchmarks.orchestration.readings import Reading, as_json, control, figures, flush_ms, usual
 from pare.orchestrator import hardware
 
 ROOT = Path(__file__).parents[2]
@@ -53,10 +53,9 @@ def main() -> int:
             if given.only and name not in given.only:
                 continue
             python = given.peers if module == PEERS else sys.executable
-            before = control()
+            flushed, before = flush_ms(), control()
             values = measure([python, "-m", module, name, argument])
-            reading = Reading(name, argument, round_, values, before, control())
-            readings.append(reading)
+            readings.append(Reading(name, argument, round_, values, before, control(), flushed))
             say(f"{time.monotonic() - started:5.0f} s  {name} {argument}: {shown(values)}")
     found = figures(readings)
     result = {

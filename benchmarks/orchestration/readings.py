@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +28,8 @@ class Reading:
     before_s: float
     after_s: float
     """The control: seconds of a bare matrix product."""
+    flush_ms: float = 0.0
+    """Of a small file just before, for whoever wonders about a slow disk. No reading is dropped for it."""
 
     def is_steady(self, usual_s: float) -> bool:
         """Whether the machine was itself before and after."""
@@ -42,6 +46,21 @@ def control() -> float:
         start = time.perf_counter()
         torch.mm(a, a)
         taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def flush_ms() -> float:
+    """Milliseconds in which a new small file reaches the disk, the median of a few, after all that waited has."""
+    os.sync()
+    taken = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(50):
+            start = time.perf_counter()
+            with open(f"{folder}/{number}", "w") as file:
+                file.write("x")
+                file.flush()
+                os.fsync(file.fileno())
+            taken.append(1e3 * (time.perf_counter() - start))
     return statistics.median(taken)
 
 

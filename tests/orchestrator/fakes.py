@@ -85,10 +85,10 @@ class ToyPool(InlinePool):
         super().__init__(toy)
         self.toy = toy
 
-    def submit(self, job: int, requests: list[dict[str, Any]], room: Room) -> None:
+    def submit(self, job: int, requests: list[dict[str, Any]], room: Room, behind: int | None = None) -> None:
         for request in requests:
             self.toy.rooms.setdefault(request["label"], []).append(room)
-        super().submit(job, requests, room)
+        super().submit(job, requests, room, behind)
 
 
 class Silent:
