@@ -59,7 +59,8 @@ class Board:
         if reply["ok"]:
             self.finished += 1
             if task.type == "evaluate":
-                self.metrics.update(dict.fromkeys(task.trials, reply["result"]))
+                for trial in task.trials:
+                    self.metrics[trial] = reply["result"]
             if not self.live:
                 self.say(f"done   {task.label}  {time.monotonic() - since:.1f} s")
         else:
