@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pare.methods.parts.formula import Dense, Formula
+from pare.workers.loading import is_loading
 
 FORMAT = 1
 TABLE, OPERANDS = "tensors.json", "weights.safetensors"
@@ -109,6 +110,7 @@ def within_name(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key[len(name) + 1 :]: t for key, t in tensors.items()}
 
 
+@is_loading
 def write_formulas(directory: Path, base_fingerprint: str, formulas: Mapping[str, Formula]) -> None:
     """Writes a *formulas* artifact: the table and the operands."""
     table = {name: formula.spec() for name, formula in formulas.items()}
@@ -143,6 +145,7 @@ def load_skeleton(directory: Path) -> nn.Module:
     return skeleton
 
 
+@is_loading
 def load_in_memory(artifact: ModelArtifact, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
     """The model that an artifact stands for, every weight worked out from its parts. Never reads an export."""
     model = load_dense(artifact.dense.directory, dtype, device)

@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pare.workers import loading
 from pare.workers.blobs import log_key
 from pare.workers.checkpoint import EVERY_S, Checkpoint
 from pare.workers.store import ArtifactError, Store, open_store
@@ -74,7 +75,8 @@ def attempt(requests: list[dict[str, Any]], clock: Clock) -> list[dict[str, Any]
     first = requests[0]
     let_go_of_searches(first["fingerprint"])
     store = store_of(first)
-    module = module_of(first["type"])
+    with loading.loading():
+        module = module_of(first["type"])
     with contextlib.ExitStack() as stack:
         outs = [stack.enter_context(store.attempt()) for _ in requests]
         inputs: dict[str, str] = dict(first["inputs"])
@@ -142,9 +144,11 @@ def context(request: dict[str, Any], store: Store, inputs: dict[str, str], out: 
         if STOP.is_set() and not checkpoint.used:  # one that is used ends the task when it has saved
             raise Stopped
 
+    with loading.loading():
+        directories = {role: store.open(fp) for role, fp in inputs.items()}
     return TaskContext(
         spec={**request["spec"], "where": request["where"]},
-        inputs={role: store.open(fp) for role, fp in inputs.items()},
+        inputs=directories,
         out=out,
         device=torch.device(device or request["device"]),
         resolve=store.open,
@@ -294,7 +298,7 @@ class Clock:
     """Peak bytes of the fresh processes that have ended since the clock started."""
 
     def __init__(self) -> None:
-        self.wall, self.cpu = time.monotonic(), self._cpu()
+        self.wall, self.cpu, self.loaded = time.monotonic(), self._cpu(), loading.seconds
         self.children.clear()
         with contextlib.suppress(OSError):  # no Linux, or a container that forbids it
             Path("/proc/self/clear_refs").write_text("5")
@@ -323,6 +327,7 @@ class Clock:
         return {
             "wall_s": time.monotonic() - self.wall,
             "cpu_s": self._cpu() - self.cpu,
+            "load_s": loading.seconds - self.loaded,
             "memory_start_bytes": self.start,
             "peak_rss_bytes": self.peak + sum(self.children),
             **({"peak_gpu_bytes": gpu.max_memory_allocated()} if gpu else {}),

@@ -27,6 +27,7 @@ EACH_ROUND = [
     (OURS, "pare_tasks", "1000"),
     (PEERS, "ray_tasks", "1000"),
     (OURS, "pare_tasks", "10000"),
+    (PEERS, "prototype", "10000"),
     (PEERS, "tune_trials", "500"),
     (OURS, "pare_tasks", "1000"),
     (OURS, "makespan", "sweep"),

@@ -115,6 +115,7 @@ def makespan(graph: str) -> Callable[[Values], float]:
 
 
 PARE, MANY, TRACKED = ms("pare_tasks", "1000"), ms("pare_tasks", "10000"), ms("pare_tracked", "500")
+FLOOR = ms("prototype", "1000")
 TUNE, TUNE_TRACKED = ms("tune_trials", "500"), ms("tune_tracked", "200")
 
 FIGURES = (
@@ -129,7 +130,10 @@ FIGURES = (
     Figure("a trial of Ray Tune, tracked", "ms", "", None, TUNE_TRACKED),
     Figure("a call of a bare Ray actor", "ms", "", None, ms("ray_tasks", "1000")),
     Figure("a run of bare MLflow", "ms", "", None, ms("mlflow_runs", "200")),
-    Figure("a prototype's task", "ms", "", None, ms("prototype", "1000")),
+    Figure("a prototype's task", "ms", "", None, FLOOR),
+    Figure("above the prototype", "times", "", None, ratio(PARE, FLOOR)),
+    Figure("growth of the prototype, which is the disk's", "times", "", None, ratio(ms("prototype", "10000"), FLOOR)),
+    Figure("with tracking, until the sweep is done", "ms", "", None, lambda v: v.median("pare_tracked", "500", "sweep_ms")),
     Figure("sleeping sweep, against its schedule", "times", "<= 1.05", lambda x: x <= 1.05, makespan("sweep")),
     Figure("long pole, against its schedule", "times", "<= 1.05", lambda x: x <= 1.05, makespan("long_pole")),
     Figure("driver's memory, 10,000 trials", "GiB", "< 1", lambda x: x < 1, of_large("driver_bytes", 2**30)),

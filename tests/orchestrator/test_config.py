@@ -33,7 +33,7 @@ def test_the_recipe_itself_can_be_swept() -> None:
 def test_trials_of_an_experiment_are_the_union_of_its_blocks() -> None:
     found = config.load(["experiment=demo"]).trials
 
-    assert [t.block for t in found] == ["base", "rtn", "rtn", "qlora", "lora", "lora", "gptq", "gptq"]
+    assert [t.block for t in found] == ["base", "rtn", "rtn", "qlora", "lora", "lora", "gptq", "gptq", "soup", "search"]
     assert {t.name for t in found} >= {"base", "rtn-bits=4", "rtn-bits=3", "gptq-bits=4", "gptq-bits=3"}
     assert next(t for t in found if t.name == "gptq-bits=3").stages[0].settings.bits == 3
 
@@ -43,7 +43,7 @@ def test_a_recipe_key_on_the_command_line_reaches_the_blocks_that_have_it() -> N
 
     sizes = {t.name: t.stages[0].settings.group_size for t in found if t.stages and hasattr(t.stages[0].settings, "group_size")}
     assert set(sizes.values()) == {32}
-    assert len(found) == 8
+    assert len(found) == 10
 
 
 def test_one_block_is_addressed_by_its_name() -> None:
@@ -198,7 +198,7 @@ def test_a_plugin_file_brings_a_method(tmp_path) -> None:
 def test_trials_hold_one_object_where_they_say_the_same() -> None:
     found = config.load(["recipe=rtn,gptq", "recipe.quantize.bits=3,4", "recipe.quantize.group_size=32,64"]).trials
 
-    assert len(found) == 8
+    assert len(found) == 10
     for part in ("model", "data", "evaluation"):
         assert len({id(getattr(t, part)) for t in found}) == 1
         assert len({id(t.config[part]) for t in found}) == 1

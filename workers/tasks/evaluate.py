@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pare.workers.fresh import FreshProcess
+from pare.workers.loading import loading
 from pare.workers.models import ModelArtifact
 from pare.workers.probe import ExportUnderTest
 from pare.workers.task import TaskContext, TaskError
@@ -20,6 +21,8 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     spec = {"dtype": ctx.spec["dtype"], "device": str(ctx.device)}
     steps = 1 + ("questions" in paths)
     with FreshProcess(ExportUnderTest, threads=torch.get_num_threads(), directory=paths["export"], **spec) as export:
+        with loading():
+            export.ask("open")
         found = export.ask("predict", tokens=paths["tokens"], teacher=paths["teacher"], models=models_of_teacher(ctx))
         ctx.progress(1, steps, "measurements")
         metrics = compare(found["metrics"], Path(paths["score"]), ctx.spec.get("tolerance", 0.005))
