@@ -89,10 +89,10 @@ class Driver:
 
     def trained(self, losses: list[float]) -> None:
         """The training task's artifact is published, with its curve."""
-        directory = self.store.path("train")
-        directory.mkdir(parents=True)
         curve = [{"step": step, "loss": loss} for step, loss in enumerate(losses)]
-        (directory / "curve.jsonl").write_text("".join(json.dumps(point) + "\n" for point in curve))
+        with self.store.attempt() as directory:
+            (directory / "curve.jsonl").write_text("".join(json.dumps(point) + "\n" for point in curve))
+            self.store.publish(directory, "train", "train", {}, {})
         self.ledger.put_result("train", "d", {"train/loss_last": losses[-1]}, {"wall_s": 3.0})
         self.ledger.commit()
 
