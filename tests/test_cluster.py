@@ -46,6 +46,8 @@ class Nodes:
     def add(self, *options: str) -> subprocess.Popen[bytes]:
         """Starts one node in the foreground of a process of its own."""
         command = [str(self.python), "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus", "1"]
+        # A port of its own: an agent that finds the usual one taken by another Ray of this machine takes no jobs.
+        command += ["--dashboard-agent-listen-port", str(free_port())]
         command += ["--object-store-memory", "80000000", "--min-worker-port", "0", "--max-worker-port", "0", *options]
         number = len(self.started)
         env = {**self.env, "PARE_TEST_NODE": f"{self.home}/{number}"}
