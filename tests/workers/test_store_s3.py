@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import random
+import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -444,3 +445,34 @@ def test_a_cache_of_another_user_is_refused(url: str, tmp_path: Path, monkeypatc
 
     with pytest.raises(StoreError, match="another user's"):
         publish(open_store(url, tmp_path))
+
+
+# --- a driver on S3 ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_sweep_on_s3_is_finished_by_a_machine_that_knows_only_the_url(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pare.orchestrator import cli
+    from tests.orchestrator import pretend
+
+    words = ("recipe=rtn", "model=tiny", "evaluation.questions.n=0")
+    assert pretend.sweep(tmp_path / "first", (*words, f"store.url={url}")) == 0
+    assert pretend.sweep(tmp_path / "local", words) == 0
+    shutil.rmtree(tmp_path / "first")
+    store = open_store(url, tmp_path / "cache")
+    lost = next(fp for fp in store.artifacts() if store.manifest(fp)["type"] == "evaluate")
+    store.remove(lost)
+    capsys.readouterr()
+
+    monkeypatch.setenv("PARE_HOME", str(tmp_path / "second"))
+    assert cli.main(["status", "--store", url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["status"] == "done"
+    with pretend.pretending():
+        assert cli.main(["resume", "--store", url, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["tasks"]["executed"] == 1
+    here, local = (json.loads(pretend.table(tmp_path / home)) for home in ("second", "local"))
+    assert [trial["metrics"] for trial in here] == [trial["metrics"] for trial in local]
+    assert not FsspecBlobs(url).list("leases")
