@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -57,8 +58,7 @@ class Nodes:
 
     def kill(self, node: subprocess.Popen[bytes]) -> None:
         """Takes a node away at once, with all that runs on it."""
-        for process in processes("PARE_TEST_NODE", f"{self.home}/{self.started.index(node)}"):
-            process.kill()
+        killed("PARE_TEST_NODE", f"{self.home}/{self.started.index(node)}")
         node.wait()
 
     def ask(self, path: str) -> Any:
@@ -87,6 +87,15 @@ def processes(variable: str, value: str) -> list[psutil.Process]:
         except psutil.Error:  # it ended while we looked
             continue
     return found
+
+
+def killed(variable: str, value: str) -> int:
+    """Kills all such processes; how many there were. A dying one may start another."""
+    found = processes(variable, value)
+    for process in found:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    return len(found)
 
 
 def wait_until(condition: Callable[[], bool], what: Callable[[], str], seconds: float = 120) -> None:
@@ -140,9 +149,7 @@ def nodes() -> Iterator[Nodes]:
         wait_until(lambda: cluster.alive() == 1, cluster.log)
         yield cluster
     finally:
-        for process in processes("PARE_TEST_CLUSTER", str(home)):
-            process.kill()
-        wait_until(lambda: not processes("PARE_TEST_CLUSTER", str(home)), lambda: "a process of the cluster is left", 30)
+        wait_until(lambda: not killed("PARE_TEST_CLUSTER", str(home)), lambda: "a process of the cluster is left", 60)
         shutil.rmtree(home)
 
 

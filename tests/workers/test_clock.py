@@ -45,3 +45,17 @@ def test_a_linked_file_costs_no_bytes_a_second_time(tmp_path: Path) -> None:
     (tmp_path / "own" / "adapter").write_bytes(b"x" * 10)
 
     assert bytes_of(tmp_path / "own") == 10
+
+
+@linux
+def test_only_a_task_that_has_held_much_has_its_process_searched_for_what_it_left() -> None:
+    little = Clock()
+    little.cost()
+    much = Clock()
+    ballast = bytearray(64 * MB)
+    much.cost()
+    del ballast
+
+    assert not little.has_held_much()
+    assert much.has_held_much()
+    assert Clock().has_held_much()  # nobody knows yet
