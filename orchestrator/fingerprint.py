@@ -24,7 +24,9 @@ from blake3 import blake3
 
 RECORD = "pare.task/1"
 
-CANNOT_CHANGE_A_NUMBER = frozenset({f"pare.workers.{name}" for name in ("blobs", "checkpoint", "loading", "run", "store", "task")})
+CANNOT_CHANGE_A_NUMBER = frozenset(
+    {f"pare.workers.{name}" for name in ("blobs", "checkpoint", "loading", "run", "store", "task")}
+)
 """How a task is fed, run and published; not what it computes."""
 
 IMPORTED_BY_NAME = {"pare.methods.parts.formula": ("pare.methods.parts",)}
