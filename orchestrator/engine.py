@@ -361,7 +361,7 @@ class Engine:
             self.attempts[task.fingerprint] = self.ledger.start_attempt(
                 task.fingerprint, self.run, self.estimates.get(task.fingerprint)
             )
-            listener.started(task, sum(n for (fp, _), n in self.failures.items() if fp == task.fingerprint) + 1)
+            listener.started(task, sum(self.failures[task.fingerprint, failure] for failure in RETRIES) + 1)
         for trial in {name for task in tasks for name in task.trials} - self.begun - self.settled:
             self.begun.add(trial)
             self.ledger.set_trial(self.sweep, trial, "running")

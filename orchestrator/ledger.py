@@ -40,6 +40,8 @@ CREATE TABLE IF NOT EXISTS outbox (id INTEGER PRIMARY KEY, sweep TEXT, uid TEXT,
 CREATE INDEX IF NOT EXISTS attempt_of ON attempt (fingerprint);
 """
 
+_last_id = 0
+
 Change = tuple[str, str, str | int]
 """(table, sweep or nothing, key): a row that was written."""
 
@@ -310,5 +312,7 @@ def now() -> float:
 
 
 def new_id() -> int:
-    """Grows with time, and no two ledgers make the same: milliseconds, then 20 random bits."""
-    return time.time_ns() // 1_000_000 << 20 | secrets.randbits(20)
+    """Grows with every call and with time, and no two ledgers make the same: milliseconds, then 20 random bits."""
+    global _last_id
+    _last_id = max(_last_id + 1, time.time_ns() // 1_000_000 << 20 | secrets.randbits(20))
+    return _last_id

@@ -6,7 +6,7 @@ import pytest
 
 from pare.orchestrator.engine import RETRIES
 from pare.orchestrator.errors import BusyError
-from pare.orchestrator.ledger import Ledger
+from pare.orchestrator.ledger import Ledger, new_id
 from pare.orchestrator.pool import Room
 from pare.workers.store import Store
 from tests.orchestrator import fakes
@@ -175,3 +175,9 @@ def test_what_ran_out_of_host_memory_is_tried_again_with_nothing_beside_it(tmp_p
     fakes.execute(tmp_path, fakes.toy_plan(), toy)[2].close()
 
     assert toy.rooms["compress a"] == [Room.SLOT, Room.MACHINE]
+
+
+def test_ids_of_rows_grow_and_are_never_the_same() -> None:
+    ids = [new_id() for _ in range(20_000)]
+
+    assert ids == sorted(set(ids))
