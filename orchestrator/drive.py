@@ -163,7 +163,7 @@ def conclude(
     if fresh:
         render.write_report(record, directory)
     else:
-        (directory / "report.json").write_text(json.dumps(record, indent=1))
+        render.write_json(record, directory)
     behind = tracker.finish(record, say=lambda line: console.print(line, highlight=False)) if fresh else None
     if not behind:
         ledger.set_tracked(sweep, outcome_digest(record))

@@ -59,7 +59,6 @@ class View:
     """The imported model at the bottom, by what it is; empty where there is none."""
     methods: tuple[str, ...]
     """What was done to the model, the latest first; of a task that makes a model, its own method included."""
-    leaves: Leaves
     made: Made
     work: Work
 
@@ -110,6 +109,7 @@ class Estimator:
             canonical(plan.tasks[fp].spec): Shape.of(known) for fp, known in plan.models.items() if fp in plan.tasks
         }
         self._views: dict[str, View | None] = {}
+        self._known_leaves: dict[str, Leaves] = {}
         self._likes: dict[Any, list[str]] = {}
         for fingerprint in history.costs:
             view = self.view(fingerprint)
@@ -157,7 +157,10 @@ class Estimator:
         if fingerprint in self.history.costs:
             return [fingerprint]
         members = next((self._likes[kind] for kind in view.kinds if kind in self._likes), [])
-        distance = {fp: len(v.leaves ^ view.leaves) for fp in members if (v := self.view(fp))}
+        if len(members) < 2:
+            return members
+        own = self._leaves(view)
+        distance = {fp: len(self._leaves_of_known(fp, v) ^ own) for fp in members if (v := self.view(fp))}
         least = min(distance.values(), default=0)
         return [fp for fp, d in distance.items() if d == least]
 
@@ -182,12 +185,25 @@ class Estimator:
         shape = self._shapes.get(model, Shape())
         job = Job(record, shape, {role: v.record for role, v in inputs.items()}, {role: v.made for role, v in inputs.items()})
         work = WORK[record["type"]](job) if record["type"] in WORK else UNKNOWN
-        found = set(leaves(spec))
-        for role, seen in inputs.items():
-            found.add((f"inputs.{role}", seen.record["type"]))
-            if role in ("model", "export", "tokens", "questions"):
-                found |= {(f"{role}.{path}", value) for path, value in seen.leaves}
-        return View(record, model, own + (beneath.methods if beneath else ()), frozenset(found), made_by(job), work)
+        return View(record, model, own + (beneath.methods if beneath else ()), made_by(job), work)
+
+    def _leaves_of_known(self, fingerprint: str, view: View) -> Leaves:
+        if fingerprint not in self._known_leaves:
+            self._known_leaves[fingerprint] = self._leaves(view)
+        return self._known_leaves[fingerprint]
+
+    def _leaves(self, view: View) -> Leaves:
+        """What decides a task's cost, of its own spec and of the models and windows beneath it.
+
+        Not kept for new tasks: those of ten thousand trials would fill a gigabyte.
+        """
+        found = set(leaves({name: value for name, value in view.record["spec"].items() if name != "card"}))
+        for role, fingerprint in view.record["inputs"].items():
+            if seen := self.view(fingerprint):
+                found.add((f"inputs.{role}", seen.record["type"]))
+                if role in ("model", "export", "tokens", "questions"):
+                    found |= {(f"{role}.{path}", value) for path, value in self._leaves(seen)}
+        return frozenset(found)
 
 
 def ratio(new: float, old: float) -> float:

@@ -79,13 +79,23 @@ def tasks_of(ledger: Ledger, fingerprints: list[str]) -> dict[str, dict[str, Any
         done = row["status"] == "done"
         found[fingerprint] = {
             **{name: row[name] for name in ("fingerprint", "type", "label", "status")},
-            "record": json.loads(row["record"]),
+            "record": outline(json.loads(row["record"])),
             "result": json.loads(row["result"] or "{}") if done else {},
             "cost": json.loads(row["cost"] or "{}"),
         }
     for task in found.values():
         task["spent"] = costs.spent(task, found)
     return found
+
+
+def outline(record: dict[str, Any]) -> dict[str, Any]:
+    """What of a task's record tells its cost. The whole records of ten thousand trials would fill memory."""
+    spec = record.get("spec", {})
+    return {
+        "inputs": record.get("inputs", {}),
+        "device": record.get("device"),
+        "spec": {key: spec[key] for key in ("method", "sequences", "length") if key in spec},
+    }
 
 
 def trial_uid(sweep_id: str, name: str) -> str:

@@ -29,6 +29,9 @@ ORDER = ("quality/kl", "quality/top1", "quality/acc", "size/bytes", "size/")
 """In which the columns stand."""
 MARKS = {"done": "", "failed": "✗", "running": "▶", "pending": "·", "skipped": "–"}
 ON_FRONT = "●"
+MOST_DETAILS = 300
+"""Trials that the page shows in full."""
+
 TITLES = {
     "front": "Quality against size",
     "recipes": "Which recipe won where",
@@ -372,7 +375,8 @@ def html(record: Record, pictures: Mapping[str, str]) -> str:
         *(figure(name, figures) for name in ("curves", "agreement")),
         bullets("Notes", [": ".join(row) for row in notes(record)]),
         "<section><h2>Each trial</h2>",
-        *(html_trial(i, t, name[t["trial"]]) for i, t in enumerate(record["trials"])),
+        *(html_trial(i, record["trials"][i], name[record["trials"][i]["trial"]]) for i in detailed(record)),
+        more_trials(record),
         f"</section><section><h2>Made with</h2>{definitions(about)}</section>",
     ]
     head = (
@@ -382,6 +386,20 @@ def html(record: Record, pictures: Mapping[str, str]) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{style}</style></head>\n<body><main>{body}</main></body></html>\n'
     )
+
+
+def detailed(record: Record) -> list[int]:
+    """Places of the trials that the page shows in full: all, or of very many the front, the base, what failed and the first."""
+    trials = record["trials"]
+    first = sorted(
+        range(len(trials)), key=lambda i: not (trials[i]["pareto"] or trials[i]["recipe"] == "base" or trials[i]["error"])
+    )
+    return sorted(first[:MOST_DETAILS])
+
+
+def more_trials(record: Record) -> str:
+    more = len(record["trials"]) - MOST_DETAILS
+    return f"<p class=dim>{more:,} further trials stand in the table above and in full in report.json.</p>" if more > 0 else ""
 
 
 def esc(value: Any) -> str:
@@ -475,11 +493,22 @@ def write_report(record: Record, directory: Path) -> list[Path]:
             written.append(path)
         else:
             path.unlink(missing_ok=True)
-    texts = {
-        "report.json": json.dumps(plain(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        "report.md": markdown(record, list(figures)),
-        "report.html": html(record, {name: plots.svg(figure) for name, figure in figures.items()}),
+    pages: dict[str, Callable[[], str]] = {
+        "report.md": lambda: markdown(record, list(figures)),
+        "report.html": lambda: html(record, {name: plots.svg(figure) for name, figure in figures.items()}),
     }
-    for name, content in texts.items():
-        (directory / name).write_text(content, encoding="utf-8")
-    return [directory / name for name in texts] + written
+    for name, page in pages.items():
+        (directory / name).write_text(page(), encoding="utf-8")
+    return [write_json(record, directory), *(directory / name for name in pages), *written]
+
+
+def write_json(record: Record, directory: Path) -> Path:
+    """Writes report.json, a line for each trial: that of ten thousand trials is never in memory as a whole."""
+    path = directory / "report.json"
+    head = json.dumps(plain({**{k: v for k, v in record.items() if k != "trials"}, "trials": []}), indent=1, allow_nan=False)
+    with path.open("w", encoding="utf-8") as f:
+        f.write(head.removesuffix("]\n}"))
+        for i, trial in enumerate(record["trials"]):
+            f.write((",\n  " if i else "\n  ") + json.dumps(plain(trial), ensure_ascii=False, allow_nan=False))
+        f.write("\n ]\n}\n")
+    return path
