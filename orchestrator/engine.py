@@ -356,6 +356,8 @@ class Engine:
     def launch(self, tasks: list[Task], listener: Listener, behind: int | None = None) -> None:
         tasks = [task for task in tasks if self.is_ours(task, listener)]
         if not tasks:
+            if behind is not None:
+                self.unfollowed.append(behind)
             return
         for task in tasks:
             self.attempts[task.fingerprint] = self.ledger.start_attempt(
@@ -667,6 +669,8 @@ class Engine:
                 shown[job.tasks[0].fingerprint] = live["progress"]
         listener.progressed(shown)
         for number, job in list(self.running.items()):
+            if job.behind is not None:
+                continue
             if now - job.beat_at > self.limits.stall_s:
                 self.pool.kill(number, "hang", f"no progress for {self.limits.stall_s:g} s (cluster.stall_s)")
             elif job.beat is None and now - job.since > self.limits.pending_s and self.pool.is_pending(number):
