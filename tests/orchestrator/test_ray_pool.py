@@ -165,3 +165,25 @@ def test_a_sweep_that_loses_a_node_of_fake_gpus_in_the_middle_ends_with_every_re
     states = [row["status"] for row in ledger.rows("SELECT status FROM attempt")]
     assert states.count("done") == 24
     assert states.count("failed") >= 1
+
+
+def test_a_job_that_waits_in_line_takes_no_slot_and_outlives_the_worker_that_it_waited_for(
+    tmp_path: Path, store: Store
+) -> None:
+    pool = RayPool(1, "cpu", tmp_path, Cluster())
+    try:
+        pool.submit(0, [request(store, "long", 300)], Room.SLOT)
+        pool.submit(1, [request(store, "short")], Room.SLOT, behind=0)
+        assert pool.idle() == 0
+        pool.kill(0, "hang", "as told")
+        first, second = replies(pool, 2)
+        assert (first["failure"], second["ok"]) == ("hang", True)
+        assert pool.idle() == 1
+
+        pool.submit(2, [request(store, "one", 0.3)], Room.SLOT)
+        pool.submit(3, [request(store, "other")], Room.SLOT, behind=2)
+        found = replies(pool, 2)
+        assert [reply["ok"] for reply in found] == [True, True]
+        assert len({reply["result"]["pid"] for reply in found}) == 1
+    finally:
+        pool.close()
