@@ -224,7 +224,7 @@ class Engine:
         """A task whose inputs are all there."""
         if task.fingerprint in self.failed:
             return
-        if self.failures[task.fingerprint, "oom_host"] and task.type not in COORDINATED:
+        if self.room_of(task) is not Room.SLOT and task.type not in ALONE | COORDINATED:
             self.solo.append(task)
         elif task.type in ALONE:
             self.alone.setdefault(canonical([task.type, task.spec]), []).append(task)
@@ -292,7 +292,7 @@ class Engine:
     def start(self, listener: Listener) -> None:
         """Hands probes and ready tasks to free slots, the longest way to the end first; tasks that run alone come last.
 
-        What ran out of the machine's memory is tried again before all others, with nothing beside it.
+        What ran out of memory is tried again before all others, with nothing beside it.
         """
         if self.stopping:
             return

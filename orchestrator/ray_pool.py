@@ -233,10 +233,11 @@ class RayPool:
 
     def _acquire(self, size: int, room: Room) -> Any:
         for actor in self._idle:
-            if self._size[actor] == size and room is not Room.MACHINE:
+            if self._size[actor] == size and room is Room.SLOT:
                 self._idle.remove(actor)
                 return actor
-        while self._idle and (room is Room.MACHINE or sum(self._size.values()) + size > self.slots):
+        # For more than a slot all make room: two shares that are free may be of two GPUs.
+        while self._idle and (room is not Room.SLOT or sum(self._size.values()) + size > self.slots):
             self._retire(self._idle.pop())
         options: dict[str, Any] = {"num_cpus": size, "max_restarts": 0, "max_task_retries": 0}
         if self.device == "cuda":
