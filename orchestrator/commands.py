@@ -89,7 +89,8 @@ def states_of(graph: Plan, store: Store, ledger: Ledger | None = None) -> tuple[
     }
     told = dict.fromkeys(new & there, "its files were dropped to save room, and something new needs them")
     query = (
-        "SELECT fingerprint, failure, MAX(attempt.id) FROM attempt JOIN task USING (fingerprint) WHERE task.status = 'failed'"
+        "SELECT fingerprint, failure, MAX(attempt.id) FROM attempt JOIN task USING (fingerprint) "
+        "WHERE task.status = 'failed' OR (task.status = 'pending' AND attempt.status = 'stopped')"
     )
     for row in ledger.rows(f"{query} GROUP BY fingerprint") if ledger else ():
         failure = row["failure"]

@@ -71,8 +71,10 @@ def run(
         leases = Leases(store.blobs, ledger.id) if experiment.store.url else None
         if leases:
             refuse_busy([plan.tasks[fp] for fp in again], leases)
-        sweep, run_id = begin(experiment, plan, store, ledger, missing, command, only)
         cached = sum(not task.late for task in plan.tasks.values()) - len(missing)
+        if missing:
+            explain.remember_code(store.blobs)
+        sweep, run_id = begin(experiment, plan, store, ledger, cached, command, only)
         console.print(
             f"sweep [bold]{sweep}[/bold]: {len(experiment.trials)} trials, {len(plan.tasks)} tasks "
             f"({plan.total_if_separate} if each trial ran alone), {cached} need not run, {len(missing)} to run",
@@ -85,7 +87,7 @@ def run(
         segments = Segments(ledger, store.blobs, sweep)
         state, code, reason = "interrupted", 0, "interrupted"
         try:
-            with engine_pool(pool, missing, experiment, device, home, plan, estimates) as place:
+            with engine_pool(pool, missing, experiment, device, home, estimates) as place:
                 engine = Engine(
                     plan, store, ledger, run_id, sweep, place, home, device, limits(experiment, fail_fast),
                     estimates=estimates,
@@ -124,17 +126,14 @@ def begin(
     plan: Plan,
     store: Store,
     ledger: Ledger,
-    missing: list[Task],
+    cached: int,
     command: str,
     only: Collection[str] | None,
 ) -> tuple[str, int]:
-    """Writes into the ledger what is going to happen. Returns (sweep, run)."""
+    """Writes into the ledger what is going to happen; so many tasks need not run. Returns (sweep, run)."""
     sweep = sweep_id(experiment)
     store.remove_dead_attempts()
     register(plan, store, ledger)
-    if missing:
-        explain.remember_code(store.blobs)
-    cached = sum(not task.late for task in plan.tasks.values()) - len(missing)
     described = about(experiment, plan)
     run = ledger.start_run(sweep, experiment.name, command, described, len(plan.tasks), plan.total_if_separate, cached)
     known = {row["name"] for row in ledger.trials(sweep)} if only is not None else set()
@@ -210,7 +209,6 @@ def engine_pool(
     experiment: Experiment,
     device: str,
     home: Path,
-    plan: Plan,
     estimates: Mapping[str, Estimate],
 ) -> Iterator[Pool]:
     """The given pool, or a Ray of our own; nothing is started when nothing is missing."""
@@ -218,7 +216,7 @@ def engine_pool(
         if not missing:
             yield InlinePool(slots=0)
             return
-        slots = preflight.slots_for(experiment, device, missing, plan, estimates)
+        slots = preflight.slots_for(experiment, device, missing, estimates)
         pool = RayPool(slots, device, home, experiment.cluster)
     try:
         yield pool

@@ -25,7 +25,8 @@ from pare.orchestrator.ledger import Ledger
 from pare.orchestrator.plan import NoMembersError, Plan, Task
 from pare.orchestrator.pool import Pool, Reply, Room
 from pare.orchestrator.schedule import ranks
-from pare.workers.run import Coordination
+from pare.workers.blobs import log_key
+from pare.workers.run import Coordination, live_key
 from pare.workers.store import Store
 
 RETRIES = {
@@ -411,14 +412,19 @@ class Engine:
         else:
             final = not self.again(task, reply)
         listener.ended(task, reply, final)
-        for trial in list(self.ends.get(task.fingerprint, ())) if reply["ok"] else []:
-            self.open[trial] -= 1
-            self.settle(trial, listener)
-        if final:
-            self.release(task)
+        if reply["ok"]:
+            self.settle_ends(task, listener)
+        if final and self.leases:
+            self.leases.release(task.fingerprint)
         if final and not reply["ok"]:
             for trial in [*task.trials, *self.plan.late]:
                 self.settle(trial, listener)
+
+    def settle_ends(self, task: Task, listener: Listener) -> None:
+        """Counts a result for the trials that end with it."""
+        for trial in list(self.ends.get(task.fingerprint, ())):
+            self.open[trial] -= 1
+            self.settle(trial, listener)
 
     def done(self, fingerprint: str) -> None:
         self.missing.pop(fingerprint, None)
@@ -539,27 +545,19 @@ class Engine:
             return False
         return True
 
-    def release(self, task: Task) -> None:
-        if self.leases:
-            self.leases.release(task.fingerprint)
-
     def made_elsewhere(self, task: Task, listener: Listener) -> None:
         """Takes over a result that another driver has published."""
-        manifest = self.store.manifest(task.fingerprint)
-        self.ledger.put_result(task.fingerprint, manifest["digest"], manifest["result"], manifest["cost"])
+        manifest = copy_result(task.fingerprint, self.store, self.ledger)
         self.ledger.count_cached(self.run, 1)
         self.done(task.fingerprint)
         listener.ended(task, {"ok": True, "elsewhere": True, **manifest}, True)
-        for trial in list(self.ends.get(task.fingerprint, ())):
-            self.open[trial] -= 1
-            self.settle(trial, listener)
+        self.settle_ends(task, listener)
 
     def take_over(self) -> None:
         """Copies into the ledger what others have made in the meantime and nothing here has waited for."""
         rows = self.ledger.tasks(list(self.plan.tasks))
         for fingerprint in self.store.present(fp for fp, row in rows.items() if row["status"] != "done"):
-            manifest = self.store.manifest(fingerprint)
-            self.ledger.put_result(fingerprint, manifest["digest"], manifest["result"], manifest["cost"])
+            copy_result(fingerprint, self.store, self.ledger)
 
     def look_elsewhere(self, listener: Listener) -> None:
         """What others have published, and what they have let go of."""
@@ -655,7 +653,7 @@ class Engine:
         self._looked = now
         shown: dict[str, dict[str, Any] | None] = {}
         wanted = {
-            number: (job.tasks[0].fingerprint + ("/probes" if job.probes is not None else ""), job.seen)
+            number: (live_key(job.tasks[0].fingerprint, job.probes is not None), job.seen)
             for number, job in self.running.items()
         }
         for number, live in self.pool.look(wanted).items():
@@ -678,7 +676,7 @@ class Engine:
                 self.pool.kill(number, "pending", message)
 
     def log(self, task: Task) -> Path:
-        return self.home / "logs" / f"{task.fingerprint[:12]}.log"
+        return self.home / log_key(task.fingerprint)
 
 
 def register(plan: Plan, store: Store, ledger: Ledger) -> None:
@@ -688,13 +686,18 @@ def register(plan: Plan, store: Store, ledger: Ledger) -> None:
 
 def register_tasks(tasks: Iterable[Task], store: Store, ledger: Ledger) -> None:
     by_fingerprint = {task.fingerprint: task for task in tasks}
-    known = ledger.tasks(list(by_fingerprint))
+    known, there = ledger.tasks(list(by_fingerprint)), store.present(by_fingerprint)
     for fingerprint, task in by_fingerprint.items():
-        row = known.get(fingerprint)
-        present = store.has(fingerprint)
+        row, present = known.get(fingerprint), fingerprint in there
         if row is not None and row["status"] == "done" and present:
             continue
         ledger.put_task(fingerprint, task.type, task.label, task.record, "done" if present else "pending")
         if present:
-            manifest = store.manifest(fingerprint)
-            ledger.put_result(fingerprint, manifest["digest"], manifest["result"], manifest["cost"])
+            copy_result(fingerprint, store, ledger)
+
+
+def copy_result(fingerprint: str, store: Store, ledger: Ledger) -> dict[str, Any]:
+    """Writes into the ledger what the manifest says of a task, and returns the manifest."""
+    manifest = store.manifest(fingerprint)
+    ledger.put_result(fingerprint, manifest["digest"], manifest["result"], manifest["cost"])
+    return manifest

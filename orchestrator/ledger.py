@@ -109,12 +109,14 @@ class Ledger:
 
     # -- writing -------------------------------------------------------------------------------------------------
 
-    def write(self, statement: str, values: tuple[Any, ...] = ()) -> sqlite3.Cursor:
-        """Part of the transaction that the next `commit` ends."""
+    def write(self, statement: str, values: tuple[Any, ...] = (), changes: Change | None = None) -> None:
+        """Part of the transaction that the next `commit` ends. changes: the row, where others are told of it."""
         with self._explained():
             if not self.db.in_transaction:
                 self.db.execute("BEGIN IMMEDIATE")
-            return self.db.execute(statement, values)
+            self.db.execute(statement, values)
+        if changes:
+            self.changed[changes] = None
 
     def commit(self) -> None:
         """Puts on the disk, at once and whole, what was written since the last time."""
@@ -141,29 +143,27 @@ class Ledger:
                 self.write(
                     "UPDATE attempt SET status = 'lost', failure = 'lost_driver', finished = ? WHERE id = ?",
                     (now(), attempt["id"]),
+                    ("attempt", "", attempt["id"]),
                 )
-                self.changed["attempt", "", attempt["id"]] = None
-            self.write("UPDATE run SET status = 'interrupted' WHERE id = ?", (row["id"],))
-            self.changed["run", "", row["id"]] = None
+            self.write("UPDATE run SET status = 'interrupted' WHERE id = ?", (row["id"],), ("run", "", row["id"]))
             self.no_trial_runs(row["sweep"])
         self.write(
             "INSERT INTO sweep VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (id) DO UPDATE SET command = excluded.command, about = excluded.about",
             (sweep, name, command, now(), json.dumps(about)),
+            ("sweep", "", sweep),
         )
-        self.changed["sweep", "", sweep] = None
         run = new_id()
         self.write(
             "INSERT INTO run (id, sweep, started, status, driver, total_if_separate, unique_tasks, cached) "
             "VALUES (?, ?, ?, 'running', ?, ?, ?, ?)",
             (run, sweep, now(), self.id, separate, unique, cached),
+            ("run", "", run),
         )
-        self.changed["run", "", run] = None
         return run
 
     def end_run(self, run: int, status: str) -> None:
-        self.write("UPDATE run SET status = ?, finished = ? WHERE id = ?", (status, now(), run))
-        self.changed["run", "", run] = None
+        self.write("UPDATE run SET status = ?, finished = ? WHERE id = ?", (status, now(), run), ("run", "", run))
         (row,) = self.rows("SELECT sweep FROM run WHERE id = ?", run)
         self.no_trial_runs(row["sweep"])
 
@@ -174,8 +174,7 @@ class Ledger:
 
     def count_cached(self, run: int, n: int) -> None:
         """So many tasks more need not run."""
-        self.write("UPDATE run SET cached = cached + ? WHERE id = ?", (n, run))
-        self.changed["run", "", run] = None
+        self.write("UPDATE run SET cached = cached + ? WHERE id = ?", (n, run), ("run", "", run))
 
     def put_trial(self, sweep: str, position: int, trial: dict[str, Any]) -> None:
         self.write(
@@ -194,26 +193,27 @@ class Ledger:
                 trial["status"],
                 json.dumps(trial["failure"]),
             ),
+            ("trial", sweep, trial["name"]),
         )
-        self.changed["trial", sweep, trial["name"]] = None
 
     def set_trial(self, sweep: str, name: str, status: str, failure: dict[str, Any] | None = None) -> None:
         self.write(
-            "UPDATE trial SET status = ?, failure = ? WHERE sweep = ? AND name = ?", (status, json.dumps(failure), sweep, name)
+            "UPDATE trial SET status = ?, failure = ? WHERE sweep = ? AND name = ?",
+            (status, json.dumps(failure), sweep, name),
+            ("trial", sweep, name),
         )
-        self.changed["trial", sweep, name] = None
 
     def set_goals(self, sweep: str, name: str, goals: dict[str, Any]) -> None:
-        self.write("UPDATE trial SET goals = ? WHERE sweep = ? AND name = ?", (json.dumps(goals), sweep, name))
-        self.changed["trial", sweep, name] = None
+        statement = "UPDATE trial SET goals = ? WHERE sweep = ? AND name = ?"
+        self.write(statement, (json.dumps(goals), sweep, name), ("trial", sweep, name))
 
     def put_task(self, fingerprint: str, kind: str, label: str, record: dict[str, Any], status: str) -> None:
         self.write(
             "INSERT INTO task (fingerprint, type, label, record, status) VALUES (?, ?, ?, ?, ?) "
             "ON CONFLICT (fingerprint) DO UPDATE SET status = excluded.status",
             (fingerprint, kind, label, json.dumps(record), status),
+            ("task", "", fingerprint),
         )
-        self.changed["task", "", fingerprint] = None
 
     def start_attempt(self, fingerprint: str, run: int, estimate: Any = None) -> int:
         """estimate: a dataclass of what the attempt was expected to cost."""
@@ -223,10 +223,9 @@ class Ledger:
             "INSERT INTO attempt (id, fingerprint, run, number, started, status, estimate) "
             "VALUES (?, ?, ?, ?, ?, 'running', ?)",
             (attempt, fingerprint, run, number, now(), json.dumps(vars(estimate)) if estimate else None),
+            ("attempt", "", attempt),
         )
-        self.write("UPDATE task SET status = 'running' WHERE fingerprint = ?", (fingerprint,))
-        self.changed["attempt", "", attempt] = None
-        self.changed["task", "", fingerprint] = None
+        self.write("UPDATE task SET status = 'running' WHERE fingerprint = ?", (fingerprint,), ("task", "", fingerprint))
         return attempt
 
     def end_attempt(self, attempt: int, run: int, reply: dict[str, Any]) -> None:
@@ -242,23 +241,21 @@ class Ledger:
                 json.dumps(reply.get("cost", {})),
                 attempt,
             ),
+            ("attempt", "", attempt),
         )
-        self.changed["attempt", "", attempt] = None
-        self.changed["run", "", run] = None
         if ok:
             self.put_result(reply["fingerprint"], reply["digest"], reply["result"], reply["cost"])
-            self.write("UPDATE run SET executed = executed + 1 WHERE id = ?", (run,))
+            self.write("UPDATE run SET executed = executed + 1 WHERE id = ?", (run,), ("run", "", run))
         else:
-            status = "pending" if stopped else "failed"
-            self.write("UPDATE task SET status = ? WHERE fingerprint = ?", (status, reply["fingerprint"]))
-            self.changed["task", "", reply["fingerprint"]] = None
+            values = ("pending" if stopped else "failed", reply["fingerprint"])
+            self.write("UPDATE task SET status = ? WHERE fingerprint = ?", values, ("task", "", reply["fingerprint"]))
 
     def put_result(self, fingerprint: str, digest: str, result: Any, cost: dict[str, Any]) -> None:
         self.write(
             "UPDATE task SET status = 'done', digest = ?, result = ?, cost = ?, finished = ? WHERE fingerprint = ?",
             (digest, json.dumps(result), json.dumps(cost), now(), fingerprint),
+            ("task", "", fingerprint),
         )
-        self.changed["task", "", fingerprint] = None
 
     def set_tracked(self, sweep: str, digest: str) -> None:
         self.write("INSERT OR REPLACE INTO tracked VALUES (?, ?)", (sweep, digest))

@@ -60,7 +60,7 @@ def forecast(
     most = len(experiment.cluster.gpus or hardware.gpus()) if device == "cuda" else 0
     most = experiment.cluster.slots or most or hardware.cores()
     estimates = estimates_of(plan, tasks, device, most, history)
-    slots = slots_for(experiment, device, tasks, plan, estimates) or most
+    slots = slots_for(experiment, device, tasks, estimates) or most
     return estimates, supply(experiment, home, device, slots)
 
 
@@ -102,21 +102,14 @@ def shortage(what: str, need: float, have: float, message: str) -> dict[str, Any
 
 
 def check_feasible(
-    plan: Plan, missing: list[Task], experiment: Experiment, home: Path, device: str, estimates: Estimates | None = None
+    plan: Plan, missing: list[Task], experiment: Experiment, home: Path, device: str, estimates: Estimates
 ) -> None:
-    """Raises InfeasibleError when this machine cannot hold what is missing, naming need and supply.
-
-    estimates: of the missing tasks; worked out without history where they are not given.
-    """
-    cores = cores_for(experiment, device)
-    estimates = estimates_of(plan, missing, device, cores) if estimates is None else estimates
-    for short in shortages(plan, missing, estimates, supply(experiment, home, device, cores)):
+    """Raises InfeasibleError when this machine cannot hold what is missing, naming need and supply."""
+    for short in shortages(plan, missing, estimates, supply(experiment, home, device, cores_for(experiment, device))):
         raise InfeasibleError(short["message"])
 
 
-def slots_for(
-    experiment: Experiment, device: str, missing: list[Task], plan: Plan, estimates: Estimates | None = None
-) -> int | None:
+def slots_for(experiment: Experiment, device: str, missing: list[Task], estimates: Estimates) -> int | None:
     """Tasks that run at once: one per core, fewer where the largest of them do not fit into memory together.
 
     None: as many as there are shares of GPUs, or room on the cluster.
@@ -124,7 +117,6 @@ def slots_for(
     if experiment.cluster.slots or device == "cuda" or experiment.cluster.address != "local":
         return experiment.cluster.slots
     cores = hardware.cores()
-    estimates = estimates_of(plan, missing, device, cores) if estimates is None else estimates
     free, fit = hardware.free_memory(experiment.cluster.memory_gb), 0
     for peak in sorted((estimates[t.fingerprint].peak_bytes for t in missing if t.type not in TOGETHER), reverse=True)[:cores]:
         free -= int(peak)

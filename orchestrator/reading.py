@@ -231,7 +231,7 @@ def log_of(ledger: Ledger, store: Store, home: Path, fingerprint: str) -> dict[s
     """A task's log as it stands, here or in the store, and its attempts."""
     from pare.workers.blobs import log_key
 
-    path = home / "logs" / f"{fingerprint[:12]}.log"
+    path = home / log_key(fingerprint)
     if path.exists():
         text = path.read_bytes()
     else:

@@ -21,7 +21,6 @@ import re
 import shlex
 import socket
 import stat
-import sys
 import tempfile
 import time
 import zipfile
@@ -33,11 +32,10 @@ from typing import IO, Any
 from urllib.parse import urlsplit
 
 from pare import __version__
+from pare.orchestrator.commands import SCHEMA_VERSION, say, show_json
 from pare.orchestrator.errors import ConfigError, InfeasibleError, PareError, nearest
 from pare.orchestrator.ray_pool import WORKERS_ENV
 
-SCHEMA_VERSION = 1
-"""Of what `--json` and `--dry-run` print."""
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ROOMS = ("conf", "methods", "orchestrator", "tracking", "workers")
 LIMIT_BYTES = 100 * 1024**2
@@ -549,7 +547,7 @@ def submit(arguments: argparse.Namespace, home: Path) -> int:
         request = prepare(arguments, home, Path(scratch))
         name = arguments.name or "pare " + shlex.join(request.command)
         if arguments.dry_run:
-            print(json.dumps(shown(request, dashboard(arguments.address), name), indent=1))
+            show_json(shown(request, dashboard(arguments.address), name))
             return 0
         cluster = Cluster(arguments.address)
         check_store(request, cluster)
@@ -626,7 +624,7 @@ def jobs(arguments: argparse.Namespace, home: Path) -> int:
     if arguments.what == "list":
         rows = [row(job) for job in cluster.jobs()]
         if arguments.json:
-            print(json.dumps({"schema_version": SCHEMA_VERSION, "address": cluster.address, "jobs": rows}, indent=1))
+            show_json({"schema_version": SCHEMA_VERSION, "address": cluster.address, "jobs": rows})
             return 0
         for r in rows:
             print(f"{r['id']}  {r['status']:9}  {r['started'] or '-':20}  {r['name']}")
@@ -667,7 +665,3 @@ def stop(cluster: Cluster, job: Any) -> int:
             time.sleep(0.5)
     print(f"{id} {str(job.status).lower()}")
     return 0
-
-
-def say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

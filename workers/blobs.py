@@ -296,5 +296,5 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def log_key(fingerprint: str) -> str:
-    """The blob in which others find the log of a task."""
+    """Where the log of a task is: a file of the driver's PARE_HOME, and the blob in which others find it."""
     return f"logs/{fingerprint[:12]}.log"

@@ -136,7 +136,7 @@ def context(request: dict[str, Any], store: Store, inputs: dict[str, str], out: 
     torch.set_num_threads(request["threads"])
     if request["device"] == "cuda" and device is None:
         torch.cuda.set_per_process_memory_fraction(request.get("gpu_fraction", 1.0))
-    live = LIVE[live_key(request)] = Live()
+    live = LIVE[live_key(request["fingerprint"], "probes" in request)] = Live()
     checkpoint = Stoppable(store.blobs, f"checkpoints/{request['fingerprint']}")
 
     def progress(done: int, total: int, unit: str) -> None:
@@ -243,7 +243,7 @@ class Coordination:
                 self.cost[name] = known + value if name.endswith("_s") else max(known, value)
 
     def look(self, seen: int) -> dict[str, Any]:
-        return look(live_key(self.request), seen)
+        return look(live_key(self.request["fingerprint"], False), seen)
 
     def end(self, reply: dict[str, Any]) -> None:
         """Ends the task with this reply, wherever it stands."""
@@ -409,9 +409,9 @@ STOP = threading.Event()
 """Set when the driver wants tasks to end where they can go on later."""
 
 
-def live_key(request: dict[str, Any]) -> str:
-    """What a request's signs of life are kept under. Probes may run in the process of their coordination."""
-    return f"{request['fingerprint']}/probes" if "probes" in request else str(request["fingerprint"])
+def live_key(fingerprint: str, probing: bool) -> str:
+    """What a task's signs of life are kept under. Probes may run in the process of their coordination."""
+    return f"{fingerprint}/probes" if probing else fingerprint
 
 
 def look(key: str, seen: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""EvoPress and ILP on additive toy tables, where brute force knows the answer."""
+"""EvoPress on additive toy tables, where brute force knows the answer."""
 
 from __future__ import annotations
 
@@ -10,60 +10,9 @@ import pytest
 
 from pare.methods.allocate.evopress import Evopress, Piece, children, cut, new_tokens
 from pare.methods.allocate.ilp import Ilp
-from pare.methods.contract import AllocateMethod, LevelTable, Problem, State
+from pare.methods.contract import LevelTable
 from pare.methods.settings import SettingsError
-
-BITS = [2, 3, 4, 5, 6]
-SIZES = [640, 640, 640, 640, 1280, 1280]
-
-
-def toy(seed: int = 0) -> LevelTable:
-    """Six linears of two sizes; bytes of codes and 10 scales; convex errors that differ a hundredfold between linears."""
-    weight = [(1 + (3 * i + seed) % 5) ** 3 for i in range(6)]
-    return LevelTable(
-        linears=[f"layers.{i // 3}.{i}.weight" for i in range(6)],
-        blocks=[0, 0, 0, 1, 1, 1],
-        sizes=SIZES,
-        levels=list(BITS),
-        cost=[[size * bits // 8 + 10 for bits in BITS] for size in SIZES],
-        error=[[w * 4.0 ** (2 - bits) for bits in BITS] for w in weight],
-    )
-
-
-def problem(**changes: Any) -> Problem:
-    return Problem(**{"table": toy(), "windows": 4, "length": 512, **changes})
-
-
-def harm(table: LevelTable, choice: list[int]) -> float:
-    return sum(error[k] for error, k in zip(table.error, choice, strict=True))
-
-
-def solve(method: AllocateMethod, given: Problem) -> tuple[list[int], State, list[list[list[int]]]]:
-    """The answer, the last state and the candidates of every round; fitness is the summed error, counted like tokens."""
-    state, rounds = method.start(given), []
-    while questions := method.ask(given, state, 1000):
-        rounds.append([question.choice for question in questions])
-        told = [harm(given.table, question.choice) for question in questions]
-        state = method.tell(given, state, told, sum(n for q in questions for _, n in q.pieces))
-        assert len(rounds) < 2000
-    return method.answer(given, state), state, rounds
-
-
-def best_of_all(table: LevelTable, budget: int) -> float:
-    every = itertools.product(range(len(BITS)), repeat=6)
-    return min(harm(table, list(choice)) for choice in every if table.bytes(choice) <= budget)
-
-
-@pytest.mark.parametrize("target", [2, 2.5, 3, 3.7, 6])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_exact_solver_agrees_with_brute_force_at_every_target(target: float, seed: int) -> None:
-    given, method = problem(table=toy(seed)), Ilp(target=target)
-
-    choice, _, rounds = solve(method, given)
-
-    assert rounds == []
-    assert given.table.bytes(choice) <= method.budget(given.table)
-    assert harm(given.table, choice) == pytest.approx(best_of_all(given.table, method.budget(given.table)))
+from tests.methods.toy_tables import BITS, SIZES, harm, problem, solve, toy
 
 
 def best_within_sizes(table: LevelTable, start: list[int]) -> float:

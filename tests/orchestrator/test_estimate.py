@@ -428,7 +428,7 @@ def test_as_many_slots_as_the_largest_tasks_leave_memory_for(monkeypatch: pytest
 
     def slots(free: float) -> int:
         monkeypatch.setattr(hardware, "free_memory", lambda limit=None: int(free))
-        return preflight.slots_for(experiment, "cpu", tasks, plan, peaks)
+        return preflight.slots_for(experiment, "cpu", tasks, peaks)
 
     assert [slots(n * 1e9) for n in (0.5, 1, 1.5, 2, 100)] == [1, 1, 2, 3, 4]
     experiment.cluster.slots = 7

@@ -99,11 +99,11 @@ def test_a_disk_that_fills_up_fails_the_trial_by_name_and_room_lets_it_go_on(
 def test_a_full_disk_under_the_ledger_ends_the_driver_with_the_line_to_go_on(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     written = Ledger.write
 
-    def full(self: Ledger, statement: str, values: tuple[Any, ...] = ()) -> Any:
+    def full(self: Ledger, statement: str, *more: Any) -> Any:
         if "INSERT INTO attempt" in statement:
             with self._explained():
                 raise sqlite3.OperationalError("database or disk is full")
-        return written(self, statement, values)
+        return written(self, statement, *more)
 
     monkeypatch.setattr(Ledger, "write", full)
     code, error = run()
