@@ -395,7 +395,8 @@ def restore(rows: Iterable[Mapping[str, Any]], common: Mapping[str, Any], overri
     trials = []
     for row in rows:
         kept, shown = (json.loads(row[key]) if isinstance(row[key], str) else row[key] for key in ("config", "overrides"))
-        plain = {key: kept[key] for key in TRIAL_PARTS} | {f"recipe.{key}": node for key, node in kept["recipe"].items()}
+        plain = {key: kept.get(key, {}) for key in TRIAL_PARTS}
+        plain |= {f"recipe.{key}": node for key, node in kept["recipe"].items()}
         parts = {part: make(part, said) for part, said in plain.items()}
         trials.append(assemble(row["name"], row["block"], row["recipe"], shown, parts, row["status"] == "skipped"))
     check_members(trials)

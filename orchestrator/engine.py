@@ -22,7 +22,7 @@ from pare.orchestrator.estimate import Estimate
 from pare.orchestrator.fingerprint import DEPENDS_ON_DEVICE, canonical
 from pare.orchestrator.lease import Leases
 from pare.orchestrator.ledger import Ledger
-from pare.orchestrator.plan import NoMembersError, Plan, Task
+from pare.orchestrator.plan import NoMembersError, Plan, Task, ranks_of
 from pare.orchestrator.pool import Pool, Reply, Room
 from pare.orchestrator.schedule import ranks
 from pare.workers.blobs import log_key
@@ -309,6 +309,9 @@ class Engine:
             task = self.next_ready()
             if task is None:
                 break
+            if ranks_of(task) > self.pool.ranks() and self.running:  # what ends makes room, and nothing else takes that
+                self.queue(task)
+                break
             self.launch([task], listener)
         while self.unfollowed and self.pool.idle() <= 0 and self.ready and self.is_short(self.ready[0][2]):
             if task := self.next_ready():
@@ -341,6 +344,7 @@ class Engine:
             "store": self.store.location,
             "device": self.device if task.type in DEPENDS_ON_DEVICE else "cpu",
             "threads": task.spec["threads"] if task.type in ALONE else 1,
+            "ranks": ranks_of(task),
             "log": str(self.log(task).absolute()),
             "keep_log": self.leases is not None,  # others work on this store
         }
@@ -405,7 +409,8 @@ class Engine:
     def finish(self, task: Task, reply: Reply, listener: Listener) -> None:
         """Writes down how an attempt ended, and sets free or blocks what waits for the task."""
         self.ledger.end_attempt(self.attempts.pop(task.fingerprint), self.run, reply)
-        self.spent_gpu_s += reply.get("cost", {}).get("wall_s", 0.0) if self.device == "cuda" else 0.0
+        cost = reply.get("cost", {})
+        self.spent_gpu_s += cost.get("gpu_s", cost.get("wall_s", 0.0)) if self.device == "cuda" else 0.0
         final = True
         if reply["ok"]:
             self.done(task.fingerprint)

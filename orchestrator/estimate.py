@@ -17,7 +17,7 @@ from pare.orchestrator.explain import Leaves, leaves
 from pare.orchestrator.fingerprint import DEPENDS_ON_DEVICE, canonical
 from pare.orchestrator.ledger import Ledger
 from pare.orchestrator.machine import Machine, machine
-from pare.orchestrator.plan import Plan, Task
+from pare.orchestrator.plan import Plan, Task, ranks_of
 from pare.orchestrator.work import CONTEXT, LIBRARIES, UNKNOWN, WORK, Job, Made, Record, Shape, Work, made_by
 
 REMEMBERED = 5000
@@ -126,12 +126,12 @@ class Estimator:
         view = self.view(task.fingerprint)
         assert view is not None  # every task of the plan has a view
         on_gpu = self.device == "cuda" and task.type in DEPENDS_ON_DEVICE
-        wall, peak, disk = self.seconds(view), LIBRARIES + view.work.memory, view.work.disk
+        wall, peak, disk = self.seconds(view), ranks_of(task) * (LIBRARIES + view.work.memory), view.work.disk
         gpu_bytes = view.work.memory if on_gpu else 0.0
         if task.type in TOGETHER:
             peak -= LIBRARIES
         elif on_gpu:
-            peak = LIBRARIES + CONTEXT + view.work.memory / 2
+            peak = ranks_of(task) * (LIBRARIES + CONTEXT + view.work.memory / 2)
         source = "shape"
         likes = self.likes(task.fingerprint, view)
         if likes:
@@ -143,14 +143,15 @@ class Estimator:
             if on_gpu:
                 more = [scaled(c, "peak_gpu_bytes", ratio(view.work.memory, v.work.memory)) for c, v in known if v]
                 gpu_bytes = median(more, gpu_bytes)
-        slots = self.slots if task.type in TOGETHER | SPREAD else 1
-        return Estimate(wall, peak, disk, wall if on_gpu else 0.0, slots, gpu_bytes, source)
+        count = ranks_of(task)
+        slots = self.slots if task.type in TOGETHER | SPREAD else count
+        return Estimate(wall, peak, disk, wall * count if on_gpu else 0.0, slots, gpu_bytes, source)
 
     def seconds(self, view: View) -> float:
         """What the work alone says."""
         device = self.device if view.record["type"] in DEPENDS_ON_DEVICE else "cpu"
         seconds = view.work.seconds(self._speed or machine(device), view.record["spec"].get("dtype", "float32"))
-        return seconds / self.slots if view.record["type"] in SPREAD else seconds
+        return seconds / (self.slots if view.record["type"] in SPREAD else view.record["spec"].get("ranks", 1))
 
     def likes(self, fingerprint: str, view: View) -> list[str]:
         """The known tasks nearest to a task: itself, or those of its kind that differ from it in the fewest leaves."""

@@ -27,7 +27,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from pare.methods.anatomy.describe import UnknownModel, family_of
-from pare.methods.contract import METHODS, LayerMethod, Method, SettingsError
+from pare.methods.contract import METHODS, LayerMethod, Method, SettingsError, TrainMethod
 from pare.methods.ops.statistics import Gram
 from pare.orchestrator import hardware
 from pare.orchestrator.config import Experiment, Stage, Trial
@@ -183,6 +183,11 @@ class Plan:
         known = set(self.tasks)
         self.builder.add_trial(late.trial, members, kept)
         return [task for fp, task in self.tasks.items() if fp not in known]
+
+
+def ranks_of(task: Task) -> int:
+    """Processes that work on the task together."""
+    return int(task.spec.get("ranks", 1))
 
 
 class NoMembersError(Exception):
@@ -376,7 +381,24 @@ class Builder:
                     inputs["tokens"] = tokens("calibration")
             return self.add("compress", label, spec, inputs, (cls.__module__,))
         inputs["tokens"] = tokens("train")
-        return self.add("train", label, {**spec, "dtype": trial.dtype}, inputs, (cls.__module__,))
+        spec["dtype"] = trial.dtype
+        if trial.engine.ranks > 1:
+            self.check_ranks(stage, trial.engine.ranks)
+            spec["ranks"] = trial.engine.ranks
+        return self.add("train", label, spec, inputs, (cls.__module__,))
+
+    def check_ranks(self, stage: Stage, ranks: int) -> None:
+        """Refuses what several ranks cannot share."""
+        settings = stage.settings
+        if not isinstance(settings, TrainMethod):
+            return
+        if settings.shards == "none":
+            raise ConfigError(f"engine.ranks={ranks}: {stage.method} trains on one rank only. Try: engine.ranks=1")
+        if settings.batch_size % ranks:
+            raise ConfigError(
+                f"recipe.{stage.name}.batch_size must be a multiple of engine.ranks={ranks}, got {settings.batch_size}. "
+                f"Try: recipe.{stage.name}.batch_size={ranks * max(1, settings.batch_size // ranks)}"
+            )
 
     def add_merge(
         self, trial: Trial, stage: Stage, model: str, selection: str, artifacts: dict[str, str], members: Members

@@ -28,6 +28,10 @@ class Pool(Protocol):
 
     def idle(self) -> int: ...
 
+    def ranks(self) -> int:
+        """Ranks of a job that would find room now."""
+        ...
+
     def submit(self, job: int, requests: list[dict[str, Any]], room: Room, behind: int | None = None) -> None:
         """behind: a running job in whose worker this one may wait; it takes no slot until that one has ended."""
         ...
@@ -70,7 +74,12 @@ class InlinePool:
     def idle(self) -> int:
         return self.slots - len(self._queue)
 
+    def ranks(self) -> int:
+        return min(1, self.idle())
+
     def submit(self, job: int, requests: list[dict[str, Any]], room: Room, behind: int | None = None) -> None:
+        if requests[0].get("ranks", 1) > 1:
+            raise ValueError(f"this process is one rank, and '{requests[0]['label']}' wants {requests[0]['ranks']}")
         self._queue.append((job, requests))
 
     def wait(self, timeout_s: float) -> list[tuple[int, list[Reply]]]:

@@ -13,7 +13,7 @@ from pare.orchestrator.config import Experiment
 from pare.orchestrator.errors import InfeasibleError
 from pare.orchestrator.estimate import TOGETHER, Estimate, Estimator, History
 from pare.orchestrator.explain import reasons
-from pare.orchestrator.plan import Plan, Task
+from pare.orchestrator.plan import Plan, Task, ranks_of
 from pare.orchestrator.schedule import schedule
 
 Estimates = Mapping[str, Estimate]
@@ -30,6 +30,8 @@ class Supply:
     """Free memory of the GPU that has least."""
     disk_bytes: int | None = None
     home: str = ""
+    is_here: bool = True
+    """Whether that is this machine; else the slots are a guess."""
 
 
 def supply(experiment: Experiment, home: Path, device: str, slots: int) -> Supply:
@@ -42,6 +44,7 @@ def supply(experiment: Experiment, home: Path, device: str, slots: int) -> Suppl
         hardware.free_gpu_memory() if here and device == "cuda" else None,
         hardware.free_disk(home, experiment.cluster.disk_gb) if here else None,
         str(home),
+        here,
     )
 
 
@@ -57,15 +60,19 @@ def forecast(
 
     Of a cluster nobody has asked yet, so many slots are taken as this machine has.
     """
-    most = len(experiment.cluster.gpus or hardware.gpus()) if device == "cuda" else 0
-    most = experiment.cluster.slots or most or hardware.cores()
+    most = most_slots(experiment, device)
     estimates = estimates_of(plan, tasks, device, most, history)
-    slots = slots_for(experiment, device, tasks, estimates) or most
-    return estimates, supply(experiment, home, device, slots)
+    return estimates, supply(experiment, home, device, slots_for(experiment, device, tasks, estimates) or most)
+
+
+def most_slots(experiment: Experiment, device: str) -> int:
+    """Slots of this machine, were there no end of memory."""
+    gpus = len(experiment.cluster.gpus or hardware.gpus()) if device == "cuda" else 0
+    return experiment.cluster.slots or gpus or hardware.cores()
 
 
 def shortages(plan: Plan, tasks: Sequence[Task], estimates: Estimates, there: Supply) -> list[dict[str, Any]]:
-    """What does not fit: `what`, `task` and `label` where it is one task, `need_bytes`, `have_bytes`, `message`."""
+    """What does not fit: `what`, `task` and `label` where it is one task, of bytes `need_bytes` and `have_bytes`, `message`."""
     if not tasks:
         return []
     parameters = max((model["n_parameters"] for model in plan.models.values()), default=0)
@@ -87,6 +94,13 @@ def shortages(plan: Plan, tasks: Sequence[Task], estimates: Estimates, there: Su
                 f"parameters, {size(have)} are free. {remedy}, or take a smaller model (model=tiny)."
             )
             found.append(shortage(what, need, have, message) | {"task": task.fingerprint[:12], "label": task.label})
+    widest = max(tasks, key=ranks_of)
+    if there.is_here and ranks_of(widest) > there.slots:
+        message = (
+            f"not enough slots: '{widest.label}' wants engine.ranks={ranks_of(widest)}, and there is room for {there.slots} at "
+            f"once. Try: engine.ranks={there.slots}"
+        )
+        found.append({"what": "slots", "label": widest.label, "message": message})
     need = sum(estimates[task.fingerprint].disk_bytes for task in tasks)
     if there.disk_bytes is not None and need > there.disk_bytes:
         message = (
@@ -105,7 +119,8 @@ def check_feasible(
     plan: Plan, missing: list[Task], experiment: Experiment, home: Path, device: str, estimates: Estimates
 ) -> None:
     """Raises InfeasibleError when this machine cannot hold what is missing, naming need and supply."""
-    for short in shortages(plan, missing, estimates, supply(experiment, home, device, cores_for(experiment, device))):
+    slots = slots_for(experiment, device, missing, estimates) or most_slots(experiment, device)
+    for short in shortages(plan, missing, estimates, supply(experiment, home, device, slots)):
         raise InfeasibleError(short["message"])
 
 
@@ -160,7 +175,8 @@ def summary(
     if estimates is None:
         estimates = estimates_of(plan, tasks, there.device, there.slots, history)
     durations = {task.fingerprint: estimates[task.fingerprint].wall_s for task in tasks}
-    times = schedule(tasks, durations, there.slots, TOGETHER)
+    widths = {task.fingerprint: min(ranks_of(task), there.slots) for task in tasks}
+    times = schedule(tasks, durations, there.slots, TOGETHER, widths)
     largest = max(tasks, key=lambda task: estimates[task.fingerprint].peak_bytes, default=None)
     why = reasons(plan, durations, history.records, told)
     return {

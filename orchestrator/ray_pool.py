@@ -55,7 +55,7 @@ class RayPool:
 
     def __init__(self, slots: int | None, device: str, home: Path, cluster: Cluster) -> None:
         """slots: at most so many; None: all that there are."""
-        self.device, self.labels, self._most = device, cluster.labels, slots
+        self.device, self.labels, self._most, self._pending_s = device, cluster.labels, slots, cluster.pending_s
         self.is_local = cluster.address == "local"
         self._ray = start_ray(slots or hardware.cores(), device, home, cluster)
         self._idle: list[Any] = []
@@ -82,9 +82,15 @@ class RayPool:
     def idle(self) -> int:
         return self.slots - sum(self._size[running.actor] for running in self._running.values() if not running.in_line)
 
+    def ranks(self) -> int:
+        return self.idle() // self.per_gpu
+
     def submit(self, job: int, requests: list[dict[str, Any]], room: Room, behind: int | None = None) -> None:
         before = next((running for running in self._running.values() if running.job == behind), None)
-        actor = before.actor if before else self._acquire(self._size_of(room), room)
+        if is_ranked(requests):
+            actor = self._launcher(requests[0]["ranks"])
+        else:
+            actor = before.actor if before else self._acquire(self._size_of(room), room)
         more: dict[str, Any] = {} if self.is_local else {"log": None}  # a path of this machine
         if self.per_gpu > 1 and room is Room.SLOT:
             more["gpu_fraction"] = 1 / self.per_gpu
@@ -117,7 +123,7 @@ class RayPool:
                 replies, held = [self._killed.pop(ended.job, None) or failed("lost_worker", first_line(e))], None
             self._killed.pop(ended.job, None)
             follower = next((other for other in self._running.values() if other.actor is ended.actor), None)
-            is_well = all(reply["ok"] for reply in replies)
+            is_well = all(reply["ok"] for reply in replies) and not is_ranked(ended.requests)
             if is_well and follower:
                 follower.in_line = False
             elif is_well and not self._has_grown(ended.actor, ended.requests[0]["type"], held):
@@ -250,6 +256,20 @@ class RayPool:
         self._size[actor] = size
         return actor
 
+    def _launcher(self, ranks: int) -> Any:
+        """An actor for one job of several ranks, with room made for them: idle workers give up what they hold."""
+        from pare.orchestrator.launch import Launcher
+
+        while self._idle:  # all of them: what is free may be of as many machines
+            self._retire(self._idle.pop())
+        cores = 0 if self.per_gpu > 1 else 1
+        each = {"CPU": cores, "GPU": 1} if self.device == "cuda" else {"CPU": 1}
+        groups = {"work": 1, "watch": 1}
+        actor = self._ray.remote(concurrency_groups=groups)(Launcher).options(num_cpus=0, max_restarts=0, max_task_retries=0)
+        made = actor.remote(each, self.labels, self._pending_s)
+        self._size[made] = ranks * self.per_gpu
+        return made
+
     def _on(self, node: str) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -268,6 +288,11 @@ class RayPool:
         self._node.pop(actor, None)
         self._up.discard(actor)
         self._ray.kill(actor, no_restart=True)
+
+
+def is_ranked(requests: list[dict[str, Any]]) -> bool:
+    """Whether a job is a task of several ranks."""
+    return bool(requests[0].get("ranks", 1) > 1)
 
 
 class Worker:

@@ -71,14 +71,20 @@ def ranks(tasks: Sequence[Node], durations: Mapping[str, float]) -> dict[str, fl
 
 
 def schedule(
-    tasks: Sequence[Node], durations: Mapping[str, float], slots: int, alone: Collection[str] = frozenset()
+    tasks: Sequence[Node],
+    durations: Mapping[str, float],
+    slots: int,
+    alone: Collection[str] = frozenset(),
+    widths: Mapping[str, int] | None = None,
 ) -> Schedule:
     """Simulates `tasks` on `slots`. Equal ranks keep the order of `tasks`; inputs that are not among them are there already.
 
     alone: types of tasks that take every slot, one after another, when nothing else is left to run.
+    widths: fingerprint -> slots of a task that takes several; nothing else is started until they are free.
     """
-    if slots < 1:
-        raise ValueError(f"a schedule needs slots, got {slots}")
+    widths = widths or {}
+    if slots < max(widths.values(), default=1):
+        raise ValueError(f"a schedule needs {max(widths.values(), default=1)} slots, got {slots}")
     rank, after = ranks(tasks, durations), successors(tasks)
     waiting = {task.fingerprint: sum(fp in after for fp in set(task.inputs.values())) for task in tasks}
     entry = {task.fingerprint: (-rank[task.fingerprint], i, task.fingerprint) for i, task in enumerate(tasks)}
@@ -90,16 +96,19 @@ def schedule(
     start: dict[str, float] = {}
     end: dict[str, float] = {}
     running: list[tuple[float, int, str]] = []
-    now = 0.0
+    now, taken = 0.0, 0
     while ready or last or running:
         batch = ready or ([] if running else last)
-        while batch and len(running) < (slots if batch is ready else 1):
+        while batch and taken + widths.get(batch[0][2], 1) <= (slots if batch is ready else 1):
             _, position, fingerprint = heapq.heappop(batch)
+            taken += widths.get(fingerprint, 1)
             start[fingerprint], end[fingerprint] = now, now + durations[fingerprint]
             heapq.heappush(running, (end[fingerprint], position, fingerprint))
         now = running[0][0]
         while running and running[0][0] <= now:
-            for follower in after[heapq.heappop(running)[2]]:
+            ended = heapq.heappop(running)[2]
+            taken -= widths.get(ended, 1)
+            for follower in after[ended]:
                 waiting[follower] -= 1
                 if waiting[follower] == 0:
                     heapq.heappush(last if follower in apart else ready, entry[follower])

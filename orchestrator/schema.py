@@ -118,6 +118,17 @@ class Evaluation:
         need(self.speed.new_tokens >= 2, "evaluation.speed.new_tokens", self.speed.new_tokens, ">= 2")
 
 
+@dataclass
+class Engine:
+    """How the steps of a training method are computed."""
+
+    ranks: int = 1
+    """Processes that train together, each with a part of every step's batch."""
+
+    def __post_init__(self) -> None:
+        need(self.ranks >= 1, "engine.ranks", self.ranks, ">= 1", "engine.ranks=1")
+
+
 ADDRESS = re.compile(r"local|auto|(ray://)?[^\s:/]+:\d{1,5}")
 
 
@@ -217,6 +228,7 @@ GROUPS: dict[str, type] = {
     "model": Model,
     "data": Data,
     "evaluation": Evaluation,
+    "engine": Engine,
     "cluster": Cluster,
     "tracking": Tracking,
     "store": StoreOptions,

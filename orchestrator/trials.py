@@ -29,6 +29,7 @@ from pare.orchestrator.schema import (
     Budget,
     Cluster,
     Data,
+    Engine,
     Evaluation,
     Model,
     Query,
@@ -37,7 +38,7 @@ from pare.orchestrator.schema import (
     need,
 )
 
-TRIAL_PARTS = ("model", "data", "evaluation", "seed", "dtype")
+TRIAL_PARTS = ("model", "data", "evaluation", "engine", "seed", "dtype")
 """Top-level keys that belong to a trial; beside them each stage of its recipe is a part, `recipe.NAME`."""
 
 SWEEP_PARTS = ("cluster", "tracking", "store", "budget")
@@ -78,6 +79,7 @@ class Trial:
     model: Model
     data: Data
     evaluation: Evaluation
+    engine: Engine
     seed: int
     dtype: str
     stages: list[Stage] = field(default_factory=list)

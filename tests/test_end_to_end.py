@@ -137,6 +137,16 @@ def test_an_adapter_export_opens_from_where_it_was_put(smoke: Path, tmp_path: Pa
     assert out.strip() == "True"
 
 
+def test_two_ranks_come_to_the_model_of_one(tmp_path: Path) -> None:
+    tuned = ["recipe=lora", "model=tiny", "recipe.tune.batch_size=4", "recipe.tune.steps=20", "engine.ranks=1,2"]
+
+    record = json.loads(pare(tmp_path, "run", *tuned, *SMALL, "cluster.slots=2", "--json").stdout)
+
+    one, two = (trial["metrics"] for trial in record["trials"])
+    assert two["quality/ppl"] == pytest.approx(one["quality/ppl"], rel=1e-3)
+    assert record["tasks"]["executed"] == record["tasks"]["unique"] == 14
+
+
 def test_a_driver_killed_three_times_comes_to_the_table_of_an_undisturbed_one(smoke: Path, tmp_path: Path) -> None:
     """Three times in one sweep: with its models being made, with its exports being measured, and with its search under way."""
     command = ["run", "experiment=smoke", "tracking.enabled=false"]

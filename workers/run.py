@@ -3,12 +3,15 @@
 A request and a reply are plain JSON, so that any transport will do:
 
     request  {"fingerprint", "type", "label", "spec", "where", "inputs": {role: fingerprint}, "store", "device", "threads",
-              "log", "keep_log"?, "gpu_fraction"?}
+              "log", "keep_log"?, "gpu_fraction"?, "ranks"?}
     reply    {"ok": true, "fingerprint", "digest", "result", "cost", "published"}
              {"ok": false, "fingerprint", "failure", "message", "artifact"?, "cost"}
 
 A task type whose module sets `BATCH_ROLE` is measured together with its likes: `run_batch` hands it one context with
 the inputs of all of them (`<role>.0`, `<role>.1`, ...) and publishes one artifact each.
+
+A task of several ranks runs in as many processes at once, each of which is handed the same request once torch.distributed
+is set up (`pare.workers.ranks`). The first of them publishes; what the others make is dropped.
 
 A task type whose module defines `coordinate` instead of `run` is a search: `coordinate(ctx)` is a generator that yields
 lists of probes, is sent their replies, and returns the result. A driver runs it as a `Coordination` and spreads the
@@ -37,6 +40,7 @@ from typing import Any, ClassVar
 from pare.workers import loading
 from pare.workers.blobs import log_key
 from pare.workers.checkpoint import EVERY_S, Checkpoint
+from pare.workers.ranks import Ranks
 from pare.workers.store import ArtifactError, Store, open_store
 from pare.workers.task import TaskContext, TaskError
 
@@ -85,7 +89,10 @@ def attempt(requests: list[dict[str, Any]], clock: Clock) -> list[dict[str, Any]
             inputs = {f"{batch_role}.{i}": request["inputs"][batch_role] for i, request in enumerate(requests)}
         ctx = context(first, store, inputs, outs[0])
         result = module.run(ctx) if hasattr(module, "run") else search_alone(module, ctx)
-        cost = clock.cost()
+        ranks = Ranks.here()
+        cost = cost_together(ranks.all(clock.cost()), first["device"])
+        if not ranks.is_first:
+            return [{"ok": True, "fingerprint": first["fingerprint"], "cost": cost}]
         replies = []
         for i, (request, out) in enumerate(zip(requests, outs, strict=True)):
             own = result["exports"][f"{batch_role}.{i}"] if batch_role else result
@@ -104,6 +111,15 @@ def attempt(requests: list[dict[str, Any]], clock: Clock) -> list[dict[str, Any]
                 }
             )
         return replies
+
+
+def cost_together(costs: list[dict[str, float]], device: str) -> dict[str, float]:
+    """Of several ranks: processor seconds and host memory add up; of the rest the most counts."""
+    if len(costs) == 1:
+        return costs[0]
+    whole = {name: max(cost[name] for cost in costs) for name in costs[0]}
+    whole |= {name: sum(cost[name] for cost in costs) for name in ("cpu_s", "memory_start_bytes", "peak_rss_bytes")}
+    return whole | ({"gpu_s": len(costs) * whole["wall_s"]} if device == "cuda" else {})
 
 
 def done_with(ctx: TaskContext) -> None:

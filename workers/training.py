@@ -1,7 +1,8 @@
 """The training loop: Hugging Face `Trainer` runs it, the method says what is trained and on which loss.
 
-One process on plain torch. Everything that belongs to an engine or a launcher comes in through `Engine`, so that other
-engines and several ranks run this same function.
+Everything that belongs to an engine or a launcher comes in through `Engine`, so that other engines run this same function.
+So do several ranks, each with its part of every step's batch: what is learnt is that of the whole batch, as on one rank, but
+for the order in which gradients are summed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from pare.methods.contract import TrainMethod
 from pare.workers.checkpoint import EVERY_S, NO_CHECKPOINT, Checkpoint
+from pare.workers.ranks import Ranks
 from pare.workers.task import TaskError
 
 CURVE = "curve.jsonl"
@@ -42,6 +44,9 @@ class Engine:
 
     halvings: int = 0
     """How often the micro-batch is halved, for room; the batch of a step, and so what is learnt, stays."""
+
+    ranks: Ranks = field(default_factory=Ranks)
+    """This process among those that train together. Each has a copy of the model and calls `train` alike."""
 
 
 @dataclass
@@ -73,6 +78,7 @@ def train(
 
     Raises:
         TaskError: class "nonfinite", at the first step whose loss is not finite; the weights are still those before it.
+            Else the batch cannot be divided among the ranks, or the optimizer is unknown.
     """
     from transformers import Trainer, TrainerCallback, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
@@ -81,15 +87,20 @@ def train(
     optimizers = [name.value for name in OptimizerNames]
     if method.optimizer not in optimizers:
         raise TaskError(f"{method.name}.optimizer must be one of {', '.join(optimizers)}, got {method.optimizer!r}")
-    scratch = directory / "tmp"
-    micro_batch = max(1, method.micro_batch_size >> engine.halvings)
-    while method.batch_size % micro_batch:
+    scratch, ranks = directory / "tmp", engine.ranks
+    if method.batch_size % ranks.count:
+        raise TaskError(
+            f"{method.name}.batch_size={method.batch_size} cannot be divided among {ranks.count} ranks. "
+            f"Try: batch_size={ranks.count * max(1, method.batch_size // ranks.count)}"
+        )
+    micro_batch, share = max(1, method.micro_batch_size >> engine.halvings), method.batch_size // ranks.count
+    while share % micro_batch:
         micro_batch -= 1
     arguments = TrainingArguments(
         output_dir=str(scratch),
         max_steps=method.steps,
         per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=method.batch_size // micro_batch,
+        gradient_accumulation_steps=share // micro_batch,
         learning_rate=method.learning_rate,
         lr_scheduler_type=SCHEDULES[method.schedule],
         warmup_steps=math.ceil(method.warmup * method.steps),
@@ -106,6 +117,8 @@ def train(
         report_to="none",
         disable_tqdm=True,
         log_level="error",
+        ddp_find_unused_parameters=False,  # it would look for them in every step, and cannot with recomputed activations
+        ddp_broadcast_buffers=False,
         **engine.arguments,
     )
     if arguments.device.type != engine.device.type or arguments.n_gpu > 1:
@@ -116,6 +129,8 @@ def train(
         )
     saved = checkpoint.latest() or {}
     steps = [Step(*step) for step in saved.get("steps", [])]
+    if len(set(ranks.all(len(steps)))) > 1:
+        raise TaskError("the ranks have read different checkpoints of the same task", failure="unknown")
     # Only the rows that are left: to the Trainer this is an epoch of its own that starts at a later step.
     rows = shuffled(len(sequences), method.steps * method.batch_size, seed)[len(steps) * method.batch_size :]
     length = sequences.shape[1]
@@ -136,13 +151,13 @@ def train(
             with autocast:
                 total, tokens = method.loss(model, inputs)
             self.total, self.tokens = self.total + total.detach(), self.tokens + tokens
-            return total / expected
+            return total * (ranks.count / expected)  # of several ranks' gradients the mean is taken
 
         def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
             scaled: Tensor = super().training_step(*args, **kwargs)
             if self.accelerator.sync_gradients:
-                loss, tokens = float(self.total / self.tokens), int(self.tokens)
-                self.total, self.tokens = 0.0, 0
+                total, tokens = ranks.sum(float(self.total), int(self.tokens))
+                loss, self.total, self.tokens = total / tokens, 0.0, 0
                 if not math.isfinite(loss):
                     raise TaskError(
                         f"{method.name}: the loss is {loss} at step {len(steps) + 1} of {method.steps}. "
@@ -165,7 +180,7 @@ def train(
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if saved:  # not earlier: as an epoch begins, its loader draws a number
-                set_random_state(saved["random"], engine.device)
+                set_random_state(saved["random"][ranks.rank], engine.device)
                 saved.clear()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -174,17 +189,19 @@ def train(
             write_point(curve, state.global_step, values)
             point(state.global_step, values)
             progress(state.global_step, method.steps, "steps")
-            if state.global_step < method.steps and checkpoint.due(save_every_s):
-                checkpoint.save(
-                    {
-                        "steps": [[step.loss, step.learning_rate] for step in steps],
-                        "trained": {name: p for name, p in model.named_parameters() if p.requires_grad},
-                        "optimizer": loop.optimizer.state_dict(),
-                        "schedule": loop.lr_scheduler.state_dict(),
-                        "random": random_state(engine.device),
-                        "method": method.state(),
-                    }
-                )
+            if state.global_step < method.steps and ranks.first(checkpoint.due(save_every_s)):
+                random_states = ranks.all(random_state(engine.device))
+                if ranks.is_first:
+                    checkpoint.save(
+                        {
+                            "steps": [[step.loss, step.learning_rate] for step in steps],
+                            "trained": {name: p for name, p in model.named_parameters() if p.requires_grad},
+                            "optimizer": loop.optimizer.state_dict(),
+                            "schedule": loop.lr_scheduler.state_dict(),
+                            "random": random_states,
+                            "method": method.state(),
+                        }
+                    )
 
     try:
         with (directory / CURVE).open("w") as curve:

@@ -111,7 +111,9 @@ class Silent:
         self.trials[trial] = status
 
 
-def execute(home: Path, plan: Plan, toy: Toy, keep_going: bool = True) -> tuple[Engine, Silent, Ledger]:
+def execute(
+    home: Path, plan: Plan, toy: Toy, keep_going: bool = True, pool: type[ToyPool] = ToyPool
+) -> tuple[Engine, Silent, Ledger]:
     """One driver's life over a plan; the ledger is left open for the test to read."""
     ledger = Ledger(home, write=True)
     register(plan, toy.store, ledger)
@@ -119,7 +121,7 @@ def execute(home: Path, plan: Plan, toy: Toy, keep_going: bool = True) -> tuple[
     for position, (name, goals) in enumerate(plan.goals.items()):
         row = {"name": name, "block": name, "recipe": name, "overrides": {}, "config": {}, "goals": vars(goals)}
         ledger.put_trial("toy", position, {**row, "status": "pending", "failure": None})
-    engine = Engine(plan, toy.store, ledger, run, "toy", ToyPool(toy), home, "cpu", Limits(keep_going))
+    engine = Engine(plan, toy.store, ledger, run, "toy", pool(toy), home, "cpu", Limits(keep_going))
     listener = Silent()
     try:
         engine.execute(listener)

@@ -1,6 +1,7 @@
 """The ready loop over toy tasks: order, sharing, failures, another driver after a crash."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,6 +95,32 @@ def test_attempts_are_never_endless_and_other_trials_go_on(tmp_path: Path, toy: 
     assert "compress a" in row["failure"]
     assert engine.failed
     ledger.close()
+
+
+def test_a_task_of_several_ranks_waits_until_they_fit_and_is_not_overtaken_for_ever(tmp_path: Path, toy: fakes.Toy) -> None:
+    plan = fakes.toy_plan(("a", "b", "c", "d"))
+    (wide,) = (task for task in plan.tasks.values() if task.label == "compress b")
+    wide.spec["ranks"] = 2
+    beside: list[list[str]] = []
+
+    class Pool(fakes.ToyPool):
+        def __init__(self, toy: fakes.Toy) -> None:
+            super().__init__(toy)
+            self.slots = 2
+
+        def ranks(self) -> int:
+            return self.idle()
+
+        def submit(self, job: int, requests: list[dict[str, Any]], room: Room, behind: int | None = None) -> None:
+            if requests[0]["ranks"] == 2:
+                beside.append([queued[0]["label"] for _, queued in self._queue])
+            super().submit(job, [{**request, "ranks": 1} for request in requests], room, behind)
+
+    fakes.execute(tmp_path, plan, toy, pool=Pool)[2].close()
+
+    assert beside == [[]], "both slots were free"
+    assert toy.ran.index("compress b") < toy.ran.index("compress d")
+    assert set(toy.ran) == {task.label for task in plan.tasks.values()}
 
 
 def test_fail_fast_starts_nothing_more(tmp_path: Path, toy: fakes.Toy) -> None:

@@ -89,6 +89,18 @@ def test_what_runs_alone_comes_last_and_one_at_a_time() -> None:
     assert found.start_s["s2"] >= found.end_s["s1"] or found.start_s["s1"] >= found.end_s["s2"]
 
 
+def test_what_takes_several_slots_waits_for_them_and_nothing_takes_them_meanwhile() -> None:
+    tasks = [task("a"), task("b"), task("wide"), task("tail", "wide"), task("small")]
+    durations = {"a": 9, "b": 9, "wide": 2, "tail": 6, "small": 1}
+
+    found = schedule(tasks, durations, 2, widths={"wide": 2})
+
+    assert (found.start_s["wide"], found.start_s["small"]) == (9, 11)
+    assert found.makespan_s == 9 + 2 + 6
+    with pytest.raises(ValueError, match="needs 3 slots, got 2"):
+        schedule(tasks, durations, 2, widths={"wide": 3})
+
+
 def test_an_input_that_is_there_already_is_not_waited_for() -> None:
     assert schedule([task("b", "a")], {"b": 2}, 1).makespan_s == 2
     assert schedule([], {}, 1).makespan_s == 0
@@ -417,6 +429,25 @@ def test_what_does_not_fit_is_named_with_need_and_supply() -> None:
     short = preflight.shortages(plan, tasks, estimates, preflight.Supply("cpu", 2, memory_bytes=10**7))[0]
     assert short["need_bytes"] == max(round(e.peak_bytes) for e in estimates.values())
     assert f"'{short['label']}'" in short["message"]
+
+
+def test_more_ranks_than_slots_are_refused_and_those_that_fit_take_as_much_room_and_less_time() -> None:
+    narrow, wide = (plan_of("recipe=lora", "recipe.tune.batch_size=6", f"engine.ranks={n}") for n in (1, 3))
+    tasks = list(wide.tasks.values())
+    one, three = estimate(narrow, "train"), estimate(wide, "train")
+
+    def missing(there: preflight.Supply) -> list[str]:
+        found = preflight.shortages(wide, tasks, preflight.estimates_of(wide, tasks, "cpu", 2), there)
+        return [short["message"] for short in found]
+
+    assert (one.slots, three.slots) == (1, 3)
+    assert three.peak_bytes == 3 * one.peak_bytes
+    assert three.wall_s == pytest.approx(one.wall_s / 3)
+    assert missing(preflight.Supply("cpu", 3)) == []
+    assert missing(preflight.Supply("cpu", 2, is_here=False)) == [], "what a cluster has is not guessed"
+    assert missing(preflight.Supply("cpu", 2)) == [
+        "not enough slots: 'lora lora' wants engine.ranks=3, and there is room for 2 at once. Try: engine.ranks=2"
+    ]
 
 
 def test_as_many_slots_as_the_largest_tasks_leave_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:

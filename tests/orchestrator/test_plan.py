@@ -1,6 +1,9 @@
 """The plan: what trials share, and what they do not."""
 
+import pytest
+
 from pare.orchestrator import config
+from pare.orchestrator.errors import ConfigError
 from pare.orchestrator.plan import Plan, build_plan
 from pare.workers.store import Store
 
@@ -50,6 +53,24 @@ def test_a_seed_counts_only_where_random_numbers_are_drawn() -> None:
     assert gptq[0] == gptq[1]
     assert set(plan_of("recipe=gptq", "seed=1").tasks) == set(plan_of("recipe=gptq").tasks)
     assert lora[0].isdisjoint(lora[1])
+
+
+def test_ranks_belong_to_training_alone_and_one_of_them_changes_nothing() -> None:
+    batch = "recipe.tune.batch_size=4"
+    plain, one, two = (plan_of("recipe=lora", batch, *more) for more in ([], ["engine.ranks=1"], ["engine.ranks=2"]))
+
+    assert set(plain.tasks) == set(one.tasks)
+    changed = {task.type for fp, task in two.tasks.items() if fp not in one.tasks}
+    assert changed == {"train", "score", "export", "evaluate", "speed"}, "training, and what reads its result"
+    assert [task.spec["ranks"] for task in two.tasks.values() if task.type == "train"] == [2]
+    assert set(plan_of("recipe=gptq", "engine.ranks=2").tasks) == set(plan_of("recipe=gptq").tasks)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"batch_size must be a multiple of engine\.ranks=3, got 4\. Try: .*batch_size=3"):
+        plan_of("recipe=lora", "recipe.tune.batch_size=4", "engine.ranks=3")
+    with pytest.raises(ConfigError, match=r"engine\.ranks must be >= 1, got 0"):
+        plan_of("recipe=lora", "engine.ranks=0")
 
 
 def test_producers_stand_before_what_needs_them(tmp_path) -> None:

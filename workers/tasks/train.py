@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from pare.methods.contract import Context, TrainMethod, load_all
 from pare.workers.models import ModelArtifact, load_in_memory, write_formulas
+from pare.workers.ranks import Ranks
 from pare.workers.task import TaskContext, TaskError
 from pare.workers.training import Engine, train
 
@@ -30,7 +31,8 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     model = load_in_memory(ModelArtifact(ctx.inputs["model"], ctx.resolve), DTYPES[dtype])
     model = method.prepare(model, context)
     halvings = ctx.spec.get("where", {}).get("halvings", 0)  # set by the driver when an attempt ran out of GPU memory
-    engine, live = Engine(ctx.device, DTYPES[dtype], halvings=halvings), (ctx.progress, ctx.point)
+    engine = Engine(ctx.device, DTYPES[dtype], halvings=halvings, ranks=Ranks.here())
+    live = ctx.progress, ctx.point
     steps = train(method, model, sequences, ctx.out, ctx.spec["seed"], engine, *live, ctx.checkpoint)
     write_formulas(ctx.out, ctx.fingerprint_of["model"], method.finish(model, ctx.out))
 
