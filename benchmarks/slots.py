@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.provenance import provenance
 from pare.orchestrator import hardware
 from pare.orchestrator.engine import ALONE, COORDINATED
 from pare.orchestrator.ledger import Ledger
@@ -118,6 +119,7 @@ def main() -> int:
         by_type[attempt.type] += attempt.cost.get("wall_s", 0.0)
     result = {
         "schema_version": 1,
+        **provenance("benchmarks.slots", "torch", "ray", "transformers"),
         "sweep": run["sweep"],
         "slots": given.slots,
         "wall_s": run["finished"] - run["started"],
@@ -126,7 +128,6 @@ def main() -> int:
         "target": TARGET,
         "reached": spent["work"] / total >= TARGET,
         "task_s": dict(sorted(by_type.items(), key=lambda item: -item[1])),
-        "hardware": hardware.describe(),
     }
     given.result.parent.mkdir(parents=True, exist_ok=True)
     given.result.write_text(json.dumps(result, indent=1) + "\n")

@@ -66,9 +66,9 @@ def plan(arguments: argparse.Namespace, home: Path) -> int:
         say(f"the plan is drawn in {arguments.svg}")
     problem = "\n".join(short["message"] for short in said["cannot_fit"]) or None
     if arguments.json:
-        show_json(plan_json(experiment, graph, device, states, said, problem))
+        show_json(plan_json(experiment, graph, device, states, said, told, problem))
     else:
-        show_plan(experiment, graph, states, said)
+        show_plan(experiment, graph, states, said, told)
     if problem:
         raise InfeasibleError(problem)
     return 10 if arguments.check and tasks else 0
@@ -81,13 +81,16 @@ def states_of(graph: Plan, store: Store, ledger: Ledger | None = None) -> tuple[
     """
     from pare.orchestrator.engine import STOPPED
 
-    graph.answer(store)
+    refused = graph.answer(store)
     new, there = {task.fingerprint for task in graph.missing(store)}, store.present(graph.tasks)
     states = {
         fp: "late" if task.late else "new" if fp in new else "cached" if fp in there else "unneeded"
         for fp, task in graph.tasks.items()
     }
     told = dict.fromkeys(new & there, "its files were dropped to save room, and something new needs them")
+    for fp, task in graph.tasks.items():
+        if task.late and refused.keys() >= set(task.trials):
+            states[fp], told[fp] = "unneeded", refused[task.trials[0]]
     query = (
         "SELECT fingerprint, failure, MAX(attempt.id) FROM attempt JOIN task USING (fingerprint) "
         "WHERE task.status = 'failed' OR (task.status = 'pending' AND attempt.status = 'stopped')"
@@ -99,7 +102,13 @@ def states_of(graph: Plan, store: Store, ledger: Ledger | None = None) -> tuple[
 
 
 def plan_json(
-    experiment: Experiment, graph: Plan, device: str, states: Mapping[str, str], said: Mapping[str, Any], problem: str | None
+    experiment: Experiment,
+    graph: Plan,
+    device: str,
+    states: Mapping[str, str],
+    said: Mapping[str, Any],
+    told: Mapping[str, str],
+    problem: str | None,
 ) -> dict[str, Any]:
     """The object that `pare plan --json` prints."""
     return {
@@ -118,7 +127,7 @@ def plan_json(
                 "type": t.type,
                 "label": t.label,
                 "state": states[fp],
-                **(said["new"].get(fp) or {"why": NO_WORK[states[fp]]}),
+                **(said["new"].get(fp) or {"why": told.get(fp) or NO_WORK[states[fp]]}),
                 "trials": t.trials,
                 "inputs": t.inputs,
             }
@@ -127,7 +136,9 @@ def plan_json(
     }
 
 
-def show_plan(experiment: Experiment, graph: Plan, states: Mapping[str, str], said: Mapping[str, Any]) -> None:
+def show_plan(
+    experiment: Experiment, graph: Plan, states: Mapping[str, str], said: Mapping[str, Any], told: Mapping[str, str]
+) -> None:
     """The plan as a table, producers first, and below it what it takes."""
     from rich.table import Table
 
@@ -145,7 +156,8 @@ def show_plan(experiment: Experiment, graph: Plan, states: Mapping[str, str], sa
         )
     for (state, key), own in rows.items():
         users = {name for fp in own for name in graph.tasks[fp].trials}
-        whys = Counter(new[fp]["why"] if one_each else in_general(new[fp]["why"]) for fp in own if fp in new)
+        reasons = [why for fp in own if (why := new[fp]["why"] if fp in new else told.get(fp))]
+        whys = Counter(why if one_each else in_general(why) for why in reasons)
         why = "; ".join(f"{said} ({n:,})" if len(whys) > 1 else said for said, n in whys.most_common(3))
         what = (own[0][:12], graph.tasks[own[0]].label) if one_each else (f"{len(own):,} x", key)
         used = next(iter(users)) if len(users) == 1 else f"{len(users):,} trials"

@@ -32,7 +32,7 @@ def spent(task: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> Co
     return {
         "wall_s": wall_s,
         "cpu_s": cost.get("cpu_s", 0.0),
-        "gpu_s": cost.get("gpu_s", wall_s if record.get("device") == "cuda" else 0.0),
+        "gpu_s": cost.get("slot_s", wall_s) if record.get("device") == "cuda" else 0.0,
         "tokens": next((result[name] for name in TOLD if name in result), read),
         "disk_bytes": cost.get("disk_bytes", 0.0),
         "peak_bytes": cost.get("peak_rss_bytes", 0.0),

@@ -10,6 +10,7 @@ are jobs in the pool like others, as many at once as slots are free.
 from __future__ import annotations
 
 import heapq
+import math
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -55,6 +56,9 @@ STOPPED = "stopped"
 
 SHORT_S = 0.05
 """A task that takes less may be handed to a worker before the one it is at has ended."""
+
+BRIEF_S, SHARE = 0.02, 16
+"""Tasks of a type that takes no longer go to a worker in shares of up to so many."""
 
 WAIT_S = 0.25
 LOOK_EVERY_S = 1.0
@@ -167,6 +171,8 @@ class Engine:
         self.attempts: dict[str, int] = {}
         self.settled: set[str] = set() if only is None else set(plan.goals) - set(only)
         self.begun: set[str] = set()
+        self.usual: dict[str, float] = {}
+        """Type of task -> seconds that one of it has taken of late."""
         self.ended = 0
         """Trials of which something ran and that are settled."""
         self.elsewhere: dict[str, Task] = {}
@@ -306,16 +312,16 @@ class Engine:
             if search:
                 self.send_probes(search)
                 continue
-            task = self.next_ready()
-            if task is None:
+            share = self.next_share()
+            if not share:
                 break
-            if ranks_of(task) > self.pool.ranks() and self.running:  # what ends makes room, and nothing else takes that
-                self.queue(task)
+            if ranks_of(share[0]) > self.pool.ranks() and self.running:  # what ends makes room, and nothing else takes that
+                self.queue(share[0])
                 break
-            self.launch([task], listener)
+            self.launch(share, listener)
         while self.unfollowed and self.pool.idle() <= 0 and self.ready and self.is_short(self.ready[0][2]):
-            if task := self.next_ready():
-                self.launch([task], listener, behind=self.unfollowed.pop())
+            if share := self.next_share():
+                self.launch(share, listener, behind=self.unfollowed.pop())
         if not self.alone or self.running or self.searches or self.ready or self.elsewhere:
             return
         if not any(task.type not in ALONE for task in self.unblocked()):
@@ -324,6 +330,27 @@ class Engine:
     def unblocked(self) -> Iterable[Task]:
         """Missing tasks that may still run. Asked only when nothing runs and nothing is ready."""
         return (task for task in self.missing.values() if not self.cause(task.fingerprint))
+
+    def next_share(self) -> list[Task]:
+        """The next task for a worker, and those after it where all of them are over at once: the way there and back would take
+        longer than they do. The other slots find as many left."""
+        most = max(1, min(SHARE, len(self.ready) // max(1, self.pool.slots)))
+        share: list[Task] = []
+        while len(share) < most and (task := self.next_ready()):
+            share.append(task)
+            following = self.missing.get(self.ready[0][2]) if self.ready else None
+            if following is None or not (self.is_brief(task) and self.is_brief(following)):
+                break
+        return share
+
+    def is_brief(self, task: Task) -> bool:
+        """Whether tasks of its type have been over at once of late, and it has not failed."""
+        has_failed = any(self.failures[task.fingerprint, failure] for failure in RETRIES)
+        return self.usual.get(task.type, math.inf) <= BRIEF_S and self.is_plain(task) and not has_failed
+
+    def is_plain(self, task: Task) -> bool:
+        """Whether it takes one slot of one worker and nothing else."""
+        return task.type not in COORDINATED and self.room_of(task) is Room.SLOT and ranks_of(task) == 1
 
     def next_ready(self) -> Task | None:
         while self.ready:
@@ -353,10 +380,7 @@ class Engine:
         """Whether a task may wait in line behind another one, so that its worker need not wait for the driver."""
         estimate = self.estimates.get(fingerprint)
         task = self.missing.get(fingerprint)
-        return (
-            estimate is not None and estimate.wall_s < SHORT_S and task is not None
-            and task.type not in COORDINATED and self.room_of(task) is Room.SLOT
-        )  # fmt: skip
+        return estimate is not None and estimate.wall_s < SHORT_S and task is not None and self.is_plain(task)
 
     def launch(self, tasks: list[Task], listener: Listener, behind: int | None = None) -> None:
         tasks = [task for task in tasks if self.is_ours(task, listener)]
@@ -404,15 +428,25 @@ class Engine:
         if len(replies) != len(ended.tasks):
             replies = replies * len(ended.tasks)
         for task, given in zip(ended.tasks, replies, strict=True):
+            if given.get("failure") == "lost_worker":
+                given = self.published(task) or given
             self.finish(task, {**given, "fingerprint": task.fingerprint}, listener)
+
+    def published(self, task: Task) -> Reply | None:
+        """The reply that a worker did not come to give: its result is there."""
+        if task.fingerprint in self.anew or not self.store.has(task.fingerprint):
+            return None
+        return {"ok": True, "published": True, **self.store.manifest(task.fingerprint)}
 
     def finish(self, task: Task, reply: Reply, listener: Listener) -> None:
         """Writes down how an attempt ended, and sets free or blocks what waits for the task."""
         self.ledger.end_attempt(self.attempts.pop(task.fingerprint), self.run, reply)
         cost = reply.get("cost", {})
-        self.spent_gpu_s += cost.get("gpu_s", cost.get("wall_s", 0.0)) if self.device == "cuda" else 0.0
+        self.spent_gpu_s += cost.get("slot_s", cost.get("wall_s", 0.0)) if self.device == "cuda" else 0.0
         final = True
         if reply["ok"]:
+            took = cost.get("wall_s", math.inf)
+            self.usual[task.type] = 0.8 * self.usual.get(task.type, took) + 0.2 * took
             self.done(task.fingerprint)
         else:
             final = not self.again(task, reply)

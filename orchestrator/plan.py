@@ -17,7 +17,6 @@ chosen, and `Plan.resolve` puts the true ones in their place.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -146,13 +145,17 @@ class Plan:
                 found.append(dataclasses.replace(task, inputs={**task.inputs, **asked}))
         return list({task.fingerprint: task for task in found}.values())
 
-    def answer(self, store: Store) -> None:
-        """Answers the queries of late trials whose candidates have all been scored before."""
+    def answer(self, store: Store) -> dict[str, str]:
+        """Answers the queries of late trials whose candidates have all been scored before. Trial -> why there is no answer."""
+        refused = {}
         for trial, late in list(self.late.items()):
             fingerprints = list(late.candidates.values())
             if store.present(fingerprints) == set(fingerprints):
-                with contextlib.suppress(NoMembersError):  # the engine says so when it comes to the trial
+                try:
                     self.resolve(trial, {fp: store.manifest(fp)["result"] for fp in fingerprints})
+                except NoMembersError as e:
+                    refused[trial] = str(e)
+        return refused
 
     def resolve(self, trial: str, results: Mapping[str, Mapping[str, Any] | None]) -> list[Task]:
         """Answers a late trial's query and puts its true tasks in place of those that stood for them. Returns the new ones.
@@ -167,7 +170,8 @@ class Plan:
         query = late.trial.stages[0].members
         members: Members = [*select(scored, query.top if query else None)]
         if not members:
-            raise NoMembersError(f"none of the trials to be merged has finished: {', '.join(late.candidates)}")
+            what = "has a finite score" if scored else "has finished"
+            raise NoMembersError(f"none of the trials to be merged {what}: {', '.join(late.candidates)}")
         del self.late[trial]
         kept = []
         for fingerprint in self.goals[trial].tasks:

@@ -1,6 +1,7 @@
 """Runs one task in this process: verify the inputs, call the task module, publish, account. No Ray in here.
 
-A request and a reply are plain JSON, so that any transport will do:
+A request and a reply are plain JSON, so that any transport will do. A cost holds the seconds of the slots that a task has
+held as `slot_s` where it was more than one, or not all the time; else they are its wall time.
 
     request  {"fingerprint", "type", "label", "spec", "where", "inputs": {role: fingerprint}, "store", "device", "threads",
               "log", "keep_log"?, "gpu_fraction"?, "ranks"?}
@@ -57,8 +58,11 @@ def run_task(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_batch(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs tasks that are measured together (or a single one). One reply per request, in order; never raises."""
+    """Runs tasks that are measured together, else one after another. One reply per request, in order; never raises."""
     first = requests[0]
+    if len(requests) > 1 and not hasattr(module_of(first["type"]), "BATCH_ROLE"):
+        return [reply for request in requests for reply in run_batch([request])]
+    let_go_of_searches(first["fingerprint"])  # before the clock looks at the memory, of which they hold most
     clock = Clock()
     try:
         with output_of(first):
@@ -77,7 +81,6 @@ def run_batch(requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def attempt(requests: list[dict[str, Any]], clock: Clock) -> list[dict[str, Any]]:
     first = requests[0]
-    let_go_of_searches(first["fingerprint"])
     store = store_of(first)
     with loading.loading():
         module = module_of(first["type"])
@@ -90,7 +93,7 @@ def attempt(requests: list[dict[str, Any]], clock: Clock) -> list[dict[str, Any]
         ctx = context(first, store, inputs, outs[0])
         result = module.run(ctx) if hasattr(module, "run") else search_alone(module, ctx)
         ranks = Ranks.here()
-        cost = cost_together(ranks.all(clock.cost()), first["device"])
+        cost = cost_together(ranks.all(clock.cost()))
         if not ranks.is_first:
             return [{"ok": True, "fingerprint": first["fingerprint"], "cost": cost}]
         replies = []
@@ -113,13 +116,13 @@ def attempt(requests: list[dict[str, Any]], clock: Clock) -> list[dict[str, Any]
         return replies
 
 
-def cost_together(costs: list[dict[str, float]], device: str) -> dict[str, float]:
+def cost_together(costs: list[dict[str, float]]) -> dict[str, float]:
     """Of several ranks: processor seconds and host memory add up; of the rest the most counts."""
     if len(costs) == 1:
         return costs[0]
     whole = {name: max(cost[name] for cost in costs) for name in costs[0]}
     whole |= {name: sum(cost[name] for cost in costs) for name in ("cpu_s", "memory_start_bytes", "peak_rss_bytes")}
-    return whole | ({"gpu_s": len(costs) * whole["wall_s"]} if device == "cuda" else {})
+    return {**whole, "slot_s": len(costs) * whole["wall_s"]}
 
 
 def done_with(ctx: TaskContext) -> None:
@@ -194,11 +197,11 @@ SEARCHES: dict[str, Any] = {}
 
 def run_probes(request: dict[str, Any]) -> dict[str, Any]:
     """Evaluates `request["probes"]`, some candidates of a coordinated task. Never raises: a failure is a reply."""
+    let_go_of_searches(request["fingerprint"])
     clock = Clock()
     try:
         with output_of(request):
             try:
-                let_go_of_searches(request["fingerprint"])
                 module = SEARCHES[request["fingerprint"]] = module_of(request["type"])
                 ctx = context(request, store_of(request), request["inputs"], Path(os.devnull))
                 scores = module.probe(ctx, request["probes"])
@@ -252,11 +255,11 @@ class Coordination:
         return None
 
     def spend(self, cost: dict[str, float]) -> None:
-        """Adds what probes cost. Seconds add up, but for wall time, which is the task's own; of memory the most counts."""
+        """Adds what probes cost. Seconds add up, their wall time as that of slots; of memory the most counts."""
         for name, value in cost.items():
+            name = "slot_s" if name == "wall_s" else name
             known = self.cost.get(name, 0.0)
-            if name != "wall_s":
-                self.cost[name] = known + value if name.endswith("_s") else max(known, value)
+            self.cost[name] = known + value if name.endswith("_s") else max(known, value)
 
     def look(self, seen: int) -> dict[str, Any]:
         return look(live_key(self.request["fingerprint"], False), seen)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from benchmarks.orchestration.readings import Reading, as_json, control, figures, flush_ms, usual
-from pare.orchestrator import hardware
+from benchmarks.provenance import ROOT, provenance
 
-ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "orchestration.json"
 OURS, PEERS = "benchmarks.orchestration.legs", "benchmarks.orchestration.peers"
 
@@ -61,11 +56,8 @@ def main() -> int:
     found = figures(readings)
     result = {
         "schema_version": 1,
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks.orchestration", *sys.argv[1:]]),
-        **commit(),
-        "hardware": {**hardware.describe(), "system": platform.system(), "release": platform.release()},
-        "versions": versions(given.peers),
+        **provenance("benchmarks.orchestration", "torch", "ray", "mlflow"),
+        "peers": versions(given.peers),
         "wall_s": round(time.monotonic() - started, 1),
         "control_s": usual(readings),
         "dropped": sum(not row["kept"] for row in as_json(readings)),
@@ -94,18 +86,10 @@ def measure(command: list[str]) -> dict[str, float]:
     return values
 
 
-def commit() -> dict[str, Any]:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True).stdout.strip()
-
-    return {"commit": git("rev-parse", "HEAD"), "changed_since": bool(git("status", "--porcelain", "--untracked-files=no"))}
-
-
 def versions(peers: str) -> dict[str, str]:
     ask = "import importlib.metadata as m; print(m.version('ray'), m.version('mlflow'))"
     ray, mlflow = subprocess.run([peers, "-c", ask], capture_output=True, text=True, check=True).stdout.split()
-    ours = {name: importlib.metadata.version(name) for name in ("torch", "ray", "mlflow")}
-    return {"python": platform.python_version(), **ours, "peer ray": ray, "peer mlflow": mlflow}
+    return {"ray": ray, "mlflow": mlflow}
 
 
 def shown(values: dict[str, float]) -> str:

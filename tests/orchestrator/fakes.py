@@ -46,6 +46,7 @@ class Toy:
         self.batches: list[list[str]] = []
         self.fail: dict[str, list[str]] = {}
         self.die_at: str | None = None
+        self.wall_s = 1.0
         self.halvings: dict[str, list[int]] = {}
         self.rooms: dict[str, list[Room]] = {}
 
@@ -70,7 +71,7 @@ class Toy:
         with self.store.attempt() as out:
             (out / "value.txt").write_text(label)
             manifest, _ = self.store.publish(
-                out, request["fingerprint"], request["type"], {"quality/ppl": 1.0}, {"wall_s": 1.0}
+                out, request["fingerprint"], request["type"], {"quality/ppl": 1.0}, {"wall_s": self.wall_s}
             )
         return {"ok": True, "digest": manifest["digest"], "result": manifest["result"], "cost": manifest["cost"]}
 

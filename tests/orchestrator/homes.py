@@ -23,6 +23,9 @@ class Worker:
     fail: label of a task -> failure classes to give, one for each attempt.
     """
 
+    score: float | None = None
+    """What every model scores in memory; None: by its fingerprint."""
+
     def __init__(self, store: Store, log: Path, fail: dict[str, list[str]] | None = None) -> None:
         self.store, self.log, self.fail = store, log, fail or {}
         self.ran: list[str] = []
@@ -46,7 +49,7 @@ class Worker:
             return {"ok": False, "failure": "corrupt_input", "message": str(e), "artifact": e.fingerprint, "cost": {}}
         draw = int(digest([request["spec"], sorted(request["inputs"].values())])[:6], 16) / 16**6
         result = {
-            "score": {"quality/ppl": 20 + draw, "tokens": 100},
+            "score": {"quality/ppl": self.score or 20 + draw, "tokens": 100},
             "export": {"format": "dense", "opens_with": "transformers", "size/bytes": 1e6 * (1 + draw)},
             "evaluate": {"quality/ppl": 20 + draw, "quality/ppl_low": 19.0, "quality/ppl_high": 22.0, "quality/kl": draw},
             "train": {"cost/tokens": 1000},

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from pare.orchestrator.engine import RETRIES
+from pare.orchestrator.engine import BRIEF_S, RETRIES, SHARE
 from pare.orchestrator.errors import BusyError
 from pare.orchestrator.ledger import Ledger, new_id
 from pare.orchestrator.pool import Room
@@ -121,6 +121,54 @@ def test_a_task_of_several_ranks_waits_until_they_fit_and_is_not_overtaken_for_e
     assert beside == [[]], "both slots were free"
     assert toy.ran.index("compress b") < toy.ran.index("compress d")
     assert set(toy.ran) == {task.label for task in plan.tasks.values()}
+
+
+def test_tasks_that_are_over_at_once_go_to_a_worker_in_shares(tmp_path: Path, toy: fakes.Toy) -> None:
+    plan = fakes.toy_plan(tuple(f"t{i:02d}" for i in range(40)))
+    toy.wall_s = 0.001
+
+    _, listener, ledger = fakes.execute(tmp_path, plan, toy)
+
+    shares = [len(batch) for batch in toy.batches if not batch[0].startswith("speed")]
+    assert set(toy.times().values()) == {1}
+    assert set(listener.trials.values()) == {"done"}
+    assert max(shares) == SHARE
+    assert len(shares) < 40
+    ledger.close()
+
+
+def test_tasks_that_take_their_time_go_one_by_one(tmp_path: Path, toy: fakes.Toy) -> None:
+    toy.wall_s = 2 * BRIEF_S
+
+    fakes.execute(tmp_path, fakes.toy_plan(tuple("abcdef")), toy)[2].close()
+
+    assert {len(batch) for batch in toy.batches if not batch[0].startswith("speed")} == {1}
+
+
+def test_of_a_share_whose_worker_died_what_was_published_counts_and_the_rest_goes_alone(tmp_path: Path) -> None:
+    class Dies(fakes.Toy):
+        lost: list[str] | None = None
+
+        def __call__(self, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            if self.lost is None and len(requests) > 4:
+                self.lost = [request["label"] for request in requests[3:]]
+                super().__call__(requests[:3])
+                return [{"ok": False, "failure": "lost_worker", "message": "as told", "cost": {}}]
+            return super().__call__(requests)
+
+    toy = Dies(Store(tmp_path / "store"))
+    toy.wall_s = 0.001
+
+    _, listener, ledger = fakes.execute(tmp_path, fakes.toy_plan(tuple(f"t{i:02d}" for i in range(40))), toy)
+
+    assert set(toy.times().values()) == {1}
+    assert set(listener.trials.values()) == {"done"}
+    assert toy.lost
+    assert all([label] in toy.batches for label in toy.lost), "nobody is lost for another a second time"
+    states = [row["status"] for row in ledger.rows("SELECT status FROM attempt")]
+    assert states.count("failed") == len(toy.lost)
+    assert states.count("done") == len(set(toy.ran))
+    ledger.close()
 
 
 def test_fail_fast_starts_nothing_more(tmp_path: Path, toy: fakes.Toy) -> None:

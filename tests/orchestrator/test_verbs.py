@@ -144,6 +144,24 @@ def test_a_query_whose_candidates_are_scored_is_answered_in_the_plan(
     assert set(after["tasks"]) == {"total_if_separate", "unique", "cached"}
 
 
+def test_a_query_without_an_answer_is_not_work_that_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pare_says: Run
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    blocks = "{lora: {recipe: lora, sweep: {recipe.tune.rank: '2,4'}}, soup: {recipe: soup}}"
+    (tmp_path / "experiment" / "merged.yaml").write_text(f"# @package _global_\nname: merged\nblocks: {blocks}\n")
+    monkeypatch.setenv("PARE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(homes.Worker, "score", float("inf"))
+    words = [*homes.TINY, "experiment=merged", "--config-dir", str(tmp_path)]
+
+    homes.ran(tmp_path / "home", "experiment=merged", config_dir=tmp_path)
+    after = pare_says("plan", *words, "--json", "--check")
+
+    whys = {task["why"] for task in after["plan"] if task["state"] == "unneeded"}
+    assert whys == {"none of the trials to be merged has a finite score: lora-rank=2, lora-rank=4"}
+    assert "has a finite score" in pare_says("plan", *words)
+
+
 # -- explain -----------------------------------------------------------------------------------------------------------
 
 
@@ -564,6 +582,7 @@ def test_seconds_of_tasks_on_a_gpu_are_gpu_seconds_and_told_tokens_count() -> No
     assert (found["gpu_s"], found["tokens"], found["peak_bytes"], found["cpu_s"]) == (3.0, 32, 7.0, 0.0)
     assert costs.spent({**task, "result": {"search/tokens": 99}}, {"w": windows})["tokens"] == 99
     assert costs.spent({**task, "cost": {}}, {"w": windows})["tokens"] == 0
+    assert costs.spent({**task, "cost": {"wall_s": 3.0, "slot_s": 5.0}}, {"w": windows})["gpu_s"] == 5.0, "of two GPUs"
     assert costs.total([(found, 0.5), (found, 1.0)])["wall_s"] == 4.5
 
 

@@ -20,6 +20,5 @@ def test_what_ranks_cost_together() -> None:
     ]
     both = {"wall_s": 3.0, "cpu_s": 3.0, "load_s": 0.5, "memory_start_bytes": 30, "peak_rss_bytes": 190, "peak_gpu_bytes": 9}
 
-    assert cost_together(costs, "cpu") == both
-    assert cost_together(costs, "cuda") == both | {"gpu_s": 6.0}
-    assert cost_together(costs[:1], "cuda") == costs[0]
+    assert cost_together(costs) == both | {"slot_s": 6.0}
+    assert cost_together(costs[:1]) == costs[0]
