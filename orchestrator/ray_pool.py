@@ -25,7 +25,7 @@ from pare.orchestrator.pool import Reply, Room, failed, run_requests
 from pare.orchestrator.schema import Cluster
 
 GROWTH, GROWTH_FLOOR_BYTES = 1.1, 64e6
-"""A worker is replaced when it holds so many times the memory that it held after its first task of a type, and so much more."""
+"""A worker is replaced when it holds so many times what is usual for it, and so much more."""
 
 CONNECT_S = 10.0
 
@@ -50,6 +50,22 @@ class Running:
     """Whether it waits for another job of its actor."""
 
 
+class Usual:
+    """What a worker holds when nothing is left over: the first task of a kind brings libraries that stay, a second one nothing."""
+
+    def __init__(self) -> None:
+        self._kinds: set[str] = set()
+        self._bytes = 0
+
+    def is_exceeded(self, kind: str, held: int) -> bool:
+        """Whether what it holds after a task of that kind is a tenth more than usual, and not just a little."""
+        if kind in self._kinds:
+            return held > GROWTH * self._bytes + GROWTH_FLOOR_BYTES
+        self._kinds.add(kind)
+        self._bytes = max(self._bytes, held)
+        return False
+
+
 class RayPool:
     """Slots are cores on a CPU; on GPUs they are shares, as many to a GPU as `cluster.gpu_memory_gb` leaves room for."""
 
@@ -63,7 +79,7 @@ class RayPool:
         self._running: dict[Any, Running] = {}  # by the reference to the reply
         self._looks: dict[int, Any] = {}
         self._killed: dict[int, Reply] = {}
-        self._held: dict[Any, dict[str, int]] = {}
+        self._usual: dict[Any, Usual] = {}
         self._node: dict[Any, str] = {}
         self._up: set[Any] = set()
         self._refreshed = 0.0
@@ -126,7 +142,7 @@ class RayPool:
             is_well = all(reply["ok"] for reply in replies) and not is_ranked(ended.requests)
             if is_well and follower:
                 follower.in_line = False
-            elif is_well and not self._has_grown(ended.actor, ended.requests[0]["type"], held):
+            elif is_well and not self._has_grown(ended, held):
                 self._idle.append(ended.actor)
             else:
                 self._retire(ended.actor)
@@ -275,16 +291,18 @@ class RayPool:
 
         return NodeAffinitySchedulingStrategy(node, soft=False)
 
-    def _has_grown(self, actor: Any, kind: str, held: int | None) -> bool:
-        """Whether the worker holds a tenth more memory than after its first task of that type, and not just a little."""
-        if held is None:
+    def _has_grown(self, ended: Running, held: int | None) -> bool:
+        """Whether the worker holds on to memory. Between two probes of a search it is meant to."""
+        request = ended.requests[0]
+        if held is None or "probes" in request:
             return False
-        first = self._held.setdefault(actor, {}).setdefault(kind, held)
-        return held > GROWTH * first + GROWTH_FLOOR_BYTES
+        return self._usual.setdefault(ended.actor, Usual()).is_exceeded(
+            f"{request['type']} {request['spec'].get('method')}", held
+        )
 
     def _retire(self, actor: Any) -> None:
         del self._size[actor]
-        self._held.pop(actor, None)
+        self._usual.pop(actor, None)
         self._node.pop(actor, None)
         self._up.discard(actor)
         self._ray.kill(actor, no_restart=True)

@@ -9,6 +9,7 @@ from pare.orchestrator.engine import BRIEF_S, RETRIES, SHARE
 from pare.orchestrator.errors import BusyError
 from pare.orchestrator.ledger import Ledger, new_id
 from pare.orchestrator.pool import Room
+from pare.orchestrator.ray_pool import Usual
 from pare.workers.store import Store
 from tests.orchestrator import fakes
 
@@ -169,6 +170,16 @@ def test_of_a_share_whose_worker_died_what_was_published_counts_and_the_rest_goe
     assert states.count("failed") == len(toy.lost)
     assert states.count("done") == len(set(toy.ran))
     ledger.close()
+
+
+def test_a_worker_is_exchanged_for_what_it_keeps_and_not_for_libraries_that_a_new_kind_of_task_brings() -> None:
+    usual, mb = Usual(), 10**6
+
+    assert not usual.is_exceeded("tokens None", 500 * mb)
+    assert not usual.is_exceeded("train lora", 900 * mb), "the first of its kind"
+    assert not usual.is_exceeded("tokens None", 900 * mb), "what training has imported"
+    assert not usual.is_exceeded("tokens None", 1040 * mb)
+    assert usual.is_exceeded("tokens None", 1060 * mb)
 
 
 def test_fail_fast_starts_nothing_more(tmp_path: Path, toy: fakes.Toy) -> None:
