@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pare.workers.blobs import Blobs
-from pare.workers.store import host_tag
+from pare.workers.files import host_tag
 
 BEAT_S = 10.0
 TTL_S = 60.0

@@ -51,7 +51,7 @@ class Running:
 
 
 class Usual:
-    """What a worker holds when nothing is left over: the first task of a kind brings libraries that stay, a second one nothing."""
+    """What a worker holds when nothing is left over: the first task of a kind brings libraries, which stay."""
 
     def __init__(self) -> None:
         self._kinds: set[str] = set()
@@ -402,7 +402,7 @@ def travelling_wheel() -> Iterator[Path | None]:
     if os.environ.get(IN_A_JOB):
         yield None
         return
-    from pare.orchestrator.submit import build_wheel
+    from pare.orchestrator.packing import build_wheel
 
     with tempfile.TemporaryDirectory() as scratch:
         yield build_wheel(Path(scratch))

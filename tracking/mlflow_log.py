@@ -70,6 +70,10 @@ ROWS = 100
 """Metrics, params or tags that MLflow takes in one request, in which it writes the tags last."""
 
 
+RELAXED: set[str] = set()
+"""Databases that this process does not flush at every commit."""
+
+
 class TrackingError(Exception):
     """MLflow could not be reached or written. The sweep goes on; the record can be written again later.
 
@@ -212,6 +216,8 @@ class MlflowTracker:
 
     def _connect(self) -> MlflowClient:
         if self._client is None:
+            if (own := self.artifact_root.parent / DATABASE) == database_of(self.uri):
+                flush_seldom(own)
             client = client_of(self.uri)
             self._experiment_id = self._find_experiment(client)
             self._client = client
@@ -223,11 +229,6 @@ class MlflowTracker:
         if found is None:
             if database is None:
                 return str(client.create_experiment(self.experiment, tags=EXPERIMENT_TAGS))
-            if database == self.artifact_root.parent / DATABASE:
-                # MLflow makes ten commits a trial; this halves their time, and the pages can be read meanwhile. Only of
-                # Pare's own file, for one that hosts share over a network does not bear it.
-                with closing(sqlite3.connect(database, timeout=20)) as connection:
-                    connection.execute("PRAGMA journal_mode=WAL")
             self.artifact_root.mkdir(parents=True, exist_ok=True)
             return str(client.create_experiment(self.experiment, self.artifact_root.as_uri(), tags=EXPERIMENT_TAGS))
         if found.lifecycle_stage != "active":
@@ -347,6 +348,32 @@ def client_of(uri: str) -> MlflowClient:
             connection.execute("BEGIN IMMEDIATE")
             connection.rollback()
     return MlflowClient(tracking_uri=uri)
+
+
+def flush_seldom(database: Path) -> None:
+    """Makes the file in WAL mode, in which it can be read while it is written, and has MLflow, which makes ten commits a run,
+    wait for the disk only when the log is folded in. What a power cut takes away `pare sync` tells again.
+
+    For Pare's own file: one that hosts share over a network does not bear WAL.
+    """
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
+    if not database.exists():
+        database.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(database, timeout=20)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+
+    def relax(connection: Any, record: Any) -> None:
+        if not isinstance(connection, sqlite3.Connection):
+            return
+        file = next(connection.execute("PRAGMA database_list"))[2]
+        if file == str(database.resolve()) and next(connection.execute("PRAGMA journal_mode"))[0] == "wal":
+            connection.execute("PRAGMA synchronous=NORMAL")
+
+    if str(database) not in RELAXED:
+        RELAXED.add(str(database))
+        event.listen(Engine, "connect", relax)
 
 
 # What a run should say. Plain data, so that its digest can be compared with that of what was written before: name, command,

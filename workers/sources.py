@@ -22,9 +22,9 @@ from typing import Any
 from blake3 import blake3
 
 from pare.workers.corpus import SourceError, check_fractions, pydoc_digest, split_documents, text_documents, topics
+from pare.workers.files import digest_file
 from pare.workers.gguf_file import Gguf
 from pare.workers.hub import MODEL_FILES, cached_snapshot, hub_commit, hub_errors
-from pare.workers.store import digest_file
 from pare.workers.tiny import llama_shapes, tiny_config, tiny_settings
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}

@@ -18,7 +18,7 @@ TINY = ["model=tiny", "evaluation.questions.n=4", "evaluation.speed.repeats=0", 
 
 
 class Worker:
-    """Publishes for every task a file and figures that follow from its fingerprint.
+    """Publishes for every task a file, and figures that follow from its label and spec: the same whatever code changes.
 
     fail: label of a task -> failure classes to give, one for each attempt.
     """
@@ -47,7 +47,7 @@ class Worker:
                 self.store.open(needed)
         except ArtifactError as e:
             return {"ok": False, "failure": "corrupt_input", "message": str(e), "artifact": e.fingerprint, "cost": {}}
-        draw = int(digest([request["spec"], sorted(request["inputs"].values())])[:6], 16) / 16**6
+        draw = int(digest([label, request["spec"]])[:6], 16) / 16**6
         result = {
             "score": {"quality/ppl": self.score or 20 + draw, "tokens": 100},
             "export": {"format": "dense", "opens_with": "transformers", "size/bytes": 1e6 * (1 + draw)},

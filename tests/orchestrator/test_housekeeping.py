@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pare.orchestrator.housekeeping import Known, fsck, gc, in_use, known
-from pare.workers import store as store_module
+from pare.workers import files
 from pare.workers.store import Store
 
 KIB = 1024
@@ -18,7 +18,7 @@ KIB = 1024
 
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "PAUSES_S", ())
+    monkeypatch.setattr(files, "PAUSES_S", ())
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from pare.orchestrator import cli, submit
+from pare.orchestrator import cli, jobs_api, packing, submit
 from pare.orchestrator.errors import ConfigError, InfeasibleError
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return submit.build_wheel(tmp_path_factory.mktemp("wheel"))
+    return packing.build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_the_wheel_holds_exactly_what_the_package_list_says(tmp_path: Path) -> N
         for pattern in ["*.py", *tool["package-data"].get(package, [])]:
             expected |= {f"{'/'.join(parts)}/{file.relative_to(directory)}" for file in directory.glob(pattern)}
 
-    with zipfile.ZipFile(submit.build_wheel(tmp_path)) as wheel:
+    with zipfile.ZipFile(packing.build_wheel(tmp_path)) as wheel:
         found = {name for name in wheel.namelist() if ".dist-info/" not in name}
 
     assert found == expected
@@ -73,7 +73,7 @@ def test_the_wheel_holds_exactly_what_the_package_list_says(tmp_path: Path) -> N
 
 
 def test_the_wheel_asks_for_nothing_and_its_record_is_true(tmp_path: Path) -> None:
-    path = submit.build_wheel(tmp_path)
+    path = packing.build_wheel(tmp_path)
 
     with zipfile.ZipFile(path) as wheel:
         about = path.name.removesuffix("-py3-none-any.whl") + ".dist-info"
@@ -98,7 +98,7 @@ def test_the_name_of_the_wheel_tells_its_contents(tmp_path: Path, monkeypatch: p
         spec = SimpleNamespace(submodule_search_locations=[str(place / "pare")])
         with monkeypatch.context() as patch:
             patch.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec)
-            names.append(submit.build_wheel(place).name)
+            names.append(packing.build_wheel(place).name)
 
     assert names[0] == names[1] != names[2]
 
@@ -126,7 +126,7 @@ def test_the_directory_is_packed_by_rays_own_rules_without_pares_results(here: P
     for name in (".pare/store/f", "results/store/f"):
         put(name)
 
-    ours = submit.files_to_send(here, here / "results")
+    ours = packing.files_to_send(here, here / "results")
 
     assert set(ours) == {n for n in zipfile.ZipFile(theirs).namelist() if not n.endswith("/")}
     assert set(ours) == {
@@ -141,7 +141,7 @@ def test_packing_the_same_files_again_gives_the_same_bytes(here: Path, tmp_path:
     for stamp in (1e9, 1.5e9):
         os.utime(here / "tool.sh", (stamp, stamp))
         archives.append(tmp_path / f"{stamp}.zip")
-        submit.pack({"tool.sh": here / "tool.sh"}, archives[-1])
+        packing.pack({"tool.sh": here / "tool.sh"}, archives[-1])
 
     assert archives[0].read_bytes() == archives[1].read_bytes()
     info = zipfile.ZipFile(archives[0]).getinfo("tool.sh")
@@ -151,7 +151,7 @@ def test_packing_the_same_files_again_gives_the_same_bytes(here: Path, tmp_path:
 def test_a_directory_that_is_too_large_is_refused_with_its_ten_largest_files(
     here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit, "LIMIT_BYTES", 100_000)
+    monkeypatch.setattr(packing, "LIMIT_BYTES", 100_000)
     noise = random.Random(0)
     for i in range(12):
         (here / f"part{i:02}.bin").write_bytes(noise.randbytes(20_000 + i))
@@ -168,7 +168,7 @@ def test_a_directory_that_is_too_large_is_refused_with_its_ten_largest_files(
 def test_the_limit_counts_what_travels_not_what_lies_on_disk(
     request_of: Callable[..., submit.Request], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit, "LIMIT_BYTES", 100_000)
+    monkeypatch.setattr(packing, "LIMIT_BYTES", 100_000)
     (here / "zeros.bin").write_bytes(bytes(1_000_000))
 
     assert request_of(*PLAN).files == {"zeros.bin": 1_000_000}
@@ -268,29 +268,29 @@ def test_what_cannot_work_is_refused_before_anything_is_sent(
 
 
 def test_the_address_is_the_options_then_the_environments(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert submit.dashboard(None) == "http://127.0.0.1:8265"
+    assert jobs_api.dashboard(None) == "http://127.0.0.1:8265"
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # of the cluster itself, not of its dashboard
-    assert submit.dashboard(None) == "http://127.0.0.1:8265"
+    assert jobs_api.dashboard(None) == "http://127.0.0.1:8265"
     monkeypatch.setenv("RAY_ADDRESS", "https://h:1/")
-    assert submit.dashboard(None) == "https://h:1"
+    assert jobs_api.dashboard(None) == "https://h:1"
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://h:2")
-    assert submit.dashboard(None) == "http://h:2"
-    assert submit.dashboard("h:3") == "http://h:3"
+    assert jobs_api.dashboard(None) == "http://h:2"
+    assert jobs_api.dashboard("h:3") == "http://h:3"
 
 
 def test_the_token_is_looked_for_where_ray_looks(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert submit.auth_token() == (None, "")
+    assert jobs_api.auth_token() == (None, "")
     default = Path.home() / ".ray" / "auth_token"
     default.parent.mkdir(parents=True)
     default.write_text("of-home\n")
-    assert submit.auth_token() == ("of-home", str(default))
+    assert jobs_api.auth_token() == ("of-home", str(default))
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     with pytest.raises(ConfigError, match=r"RAY_AUTH_TOKEN_PATH=.* cannot be read"):
-        submit.auth_token()
+        jobs_api.auth_token()
     (tmp_path / "token").write_text("of-file")
-    assert submit.auth_token() == ("of-file", str(tmp_path / "token"))
+    assert jobs_api.auth_token() == ("of-file", str(tmp_path / "token"))
     monkeypatch.setenv("RAY_AUTH_TOKEN", "of-environment")
-    assert submit.auth_token() == ("of-environment", "RAY_AUTH_TOKEN")
+    assert jobs_api.auth_token() == ("of-environment", "RAY_AUTH_TOKEN")
 
 
 def job(id: str, status: str = "RUNNING", **fields: Any) -> Any:
@@ -328,19 +328,19 @@ class FakeClient:
 
 
 @pytest.fixture
-def cluster(here: Path, monkeypatch: pytest.MonkeyPatch) -> submit.Cluster:
+def cluster(here: Path, monkeypatch: pytest.MonkeyPatch) -> jobs_api.Cluster:
     import ray.job_submission
 
     monkeypatch.setattr(ray.job_submission, "JobSubmissionClient", FakeClient)
-    monkeypatch.setattr(submit.Cluster, "answers", lambda self: None)
-    monkeypatch.setattr(submit.time, "sleep", lambda s: None)
+    monkeypatch.setattr(jobs_api.Cluster, "answers", lambda self: None)
+    monkeypatch.setattr(jobs_api.time, "sleep", lambda s: None)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://h:1")  # is set by what follows, and is to be put back
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    return submit.Cluster(None)
+    return jobs_api.Cluster(None)
 
 
 def test_a_request_that_is_at_work_is_attached_to_and_an_ended_one_gets_the_next_number(
-    cluster: submit.Cluster, request_of: Callable[..., submit.Request], capsys: pytest.CaptureFixture
+    cluster: jobs_api.Cluster, request_of: Callable[..., submit.Request], capsys: pytest.CaptureFixture
 ) -> None:
     request = request_of(*REPORT)
 
@@ -355,7 +355,7 @@ def test_a_request_that_is_at_work_is_attached_to_and_an_ended_one_gets_the_next
 
 
 def test_of_two_that_submit_at_once_the_second_attaches(
-    cluster: submit.Cluster, request_of: Callable[..., submit.Request], monkeypatch: pytest.MonkeyPatch
+    cluster: jobs_api.Cluster, request_of: Callable[..., submit.Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def taken(**sent: Any) -> str:
         raise RuntimeError(f"Job with submission_id {sent['submission_id']} already exists.")
@@ -367,7 +367,7 @@ def test_of_two_that_submit_at_once_the_second_attaches(
 
 
 def test_a_head_that_has_only_just_started_is_asked_again(
-    cluster: submit.Cluster, request_of: Callable[..., submit.Request], monkeypatch: pytest.MonkeyPatch
+    cluster: jobs_api.Cluster, request_of: Callable[..., submit.Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers = iter([RuntimeError("500: No available agent to submit job"), None, RuntimeError("500: no space")])
 
@@ -384,7 +384,7 @@ def test_a_head_that_has_only_just_started_is_asked_again(
 
 
 def test_several_nodes_need_a_store_that_all_see(
-    cluster: submit.Cluster, request_of: Callable[..., submit.Request], monkeypatch: pytest.MonkeyPatch
+    cluster: jobs_api.Cluster, request_of: Callable[..., submit.Request], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = request_of(*REPORT)
     run = dataclasses.replace(report, command=["run", "recipe=rtn"])
@@ -397,7 +397,7 @@ def test_several_nodes_need_a_store_that_all_see(
     submit.check_store(run, cluster)
 
 
-def test_the_log_is_printed_once_across_a_lost_connection(cluster: submit.Cluster, capsys: pytest.CaptureFixture) -> None:
+def test_the_log_is_printed_once_across_a_lost_connection(cluster: jobs_api.Cluster, capsys: pytest.CaptureFixture) -> None:
     cluster.client.jobs = [job("pare-a-1", "SUCCEEDED")]
     cluster.client.streams = [["one\ntw", RuntimeError("gone")], ["one\n", OSError("again")], ["one\ntwo\nth", "ree\n"]]
 
@@ -407,19 +407,19 @@ def test_the_log_is_printed_once_across_a_lost_connection(cluster: submit.Cluste
 
 
 def test_a_cluster_that_stays_away_is_lost_and_the_way_back_is_said(
-    cluster: submit.Cluster, monkeypatch: pytest.MonkeyPatch
+    cluster: jobs_api.Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(submit, "PATIENCE_S", -1.0)
+    monkeypatch.setattr(jobs_api, "PATIENCE_S", -1.0)
     cluster.client.streams = [[OSError("gone")]]
 
-    with pytest.raises(submit.LostError, match="pare jobs logs pare-a-1 --follow") as lost:
+    with pytest.raises(jobs_api.LostError, match="pare jobs logs pare-a-1 --follow") as lost:
         cluster.follow("pare-a-1")
 
     assert lost.value.exit_code == 5
 
 
 def test_ctrl_c_detaches_and_says_how_to_come_back(
-    cluster: submit.Cluster, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    cluster: jobs_api.Cluster, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def interrupted(id: str) -> AsyncIterator[str]:
         yield "one\n"
@@ -443,21 +443,21 @@ def test_ctrl_c_detaches_and_says_how_to_come_back(
         ("STOPPED", {}, 143),
     ],
 )
-def test_the_exit_code_is_that_of_the_driver(cluster: submit.Cluster, status: str, fields: dict[str, Any], code: int) -> None:
+def test_the_exit_code_is_that_of_the_driver(cluster: jobs_api.Cluster, status: str, fields: dict[str, Any], code: int) -> None:
     assert cluster.outcome(job("pare-a-1", status, **fields)) == code
 
 
-def test_a_job_that_never_ran_and_one_that_was_lost_say_why(cluster: submit.Cluster) -> None:
+def test_a_job_that_never_ran_and_one_that_was_lost_say_why(cluster: jobs_api.Cluster) -> None:
     setup = {"error_type": "RUNTIME_ENV_SETUP_FAILURE", "message": "Traceback\n  a\n  b\n  c\nno pip"}
     with pytest.raises(InfeasibleError, match=r"(?s)could not start.*no pip.*pip on their PATH") as start:
         cluster.outcome(job("pare-a-1", "FAILED", **setup))
-    with pytest.raises(submit.LostError, match="lost with its node"):
+    with pytest.raises(jobs_api.LostError, match="lost with its node"):
         cluster.outcome(job("pare-a-1", "FAILED", error_type="JOB_SUPERVISOR_ACTOR_DIED", message="node died"))
 
     assert "Traceback" not in str(start.value)
 
 
-def test_jobs_are_found_by_the_beginning_of_their_id_or_the_latest(cluster: submit.Cluster) -> None:
+def test_jobs_are_found_by_the_beginning_of_their_id_or_the_latest(cluster: jobs_api.Cluster) -> None:
     cluster.client.jobs = [
         job("pare-a-1", "RUNNING", start_time=1),
         job("pare-b-1", "FAILED", start_time=2),

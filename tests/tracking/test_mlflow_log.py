@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from sqlalchemy import create_engine
 
 from pare.tracking import mlflow_log
 from pare.tracking.mlflow_log import MlflowTracker, TrackingError
@@ -301,6 +302,21 @@ def test_two_sweeps_with_a_trial_in_common_have_a_run_each(home: Path) -> None:
         tracker(home).sync(record)
 
     assert len(runs(home)) == 8
+
+
+def test_only_pares_own_file_is_written_without_waiting_for_the_disk_at_each_commit(tmp_path: Path) -> None:
+    def modes(file: Path) -> tuple[str, int]:
+        with create_engine(f"sqlite:///{file}").connect() as db:
+            return db.exec_driver_sql("PRAGMA journal_mode").scalar(), db.exec_driver_sql("PRAGMA synchronous").scalar()
+
+    own, other, old = tmp_path / "home" / "mlflow.db", tmp_path / "other.db", tmp_path / "old.db"
+    with closing(sqlite3.connect(old)) as db:
+        db.execute("CREATE TABLE t (a)")
+    for file in (own, old):
+        mlflow_log.flush_seldom(file)
+
+    assert modes(own) == ("wal", 1)
+    assert modes(other) == modes(old) == ("delete", 2), "without a log of its own a file could be torn"
 
 
 def test_the_environment_wins_over_auto_and_a_named_store_over_both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 from pare.orchestrator.housekeeping import Known, fsck
+from pare.workers import files
 from pare.workers import store as store_module
+from pare.workers.manifest import FORMAT, sealed, text_of
 from pare.workers.store import ArtifactError, Store, StoreError, open_store
 
 
@@ -156,7 +158,7 @@ FP = "ab" * 32
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Missing files are missing at once, and nothing waits for the disk: no power is cut here."""
-    monkeypatch.setattr(store_module, "PAUSES_S", ())
+    monkeypatch.setattr(files, "PAUSES_S", ())
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
@@ -339,7 +341,7 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path: Path, name:
     publish(store)
     manifest = store.manifest(FP)
     manifest["files"][0]["path"] = name
-    (store.path(FP) / "manifest.json").write_bytes(store_module.text_of(store_module.sealed(manifest)))
+    (store.path(FP) / "manifest.json").write_bytes(text_of(sealed(manifest)))
 
     with pytest.raises(ArtifactError, match="names the file"):
         store.open(FP)
@@ -513,7 +515,7 @@ def test_a_file_that_shows_up_late_is_waited_for(tmp_path: Path, monkeypatch: py
         if len(waits) == 2:
             (tmp_path / "elsewhere").rename(late)
 
-    monkeypatch.setattr(store_module.time, "sleep", sleep)
+    monkeypatch.setattr(files.time, "sleep", sleep)
 
     assert (store.open(FP) / "sub" / "a.txt").read_text() == "hello"
     assert len(waits) == 2
@@ -530,7 +532,7 @@ def test_opening_a_place_without_a_store_leaves_no_trace(tmp_path: Path) -> None
     assert list(store.artifacts()) == []
     assert not (tmp_path / "none").exists()
     publish(store)
-    assert json.loads((tmp_path / "none" / "format").read_text()) == {"format": store_module.FORMAT}
+    assert json.loads((tmp_path / "none" / "format").read_text()) == {"format": FORMAT}
 
 
 @pytest.mark.parametrize(
@@ -648,7 +650,7 @@ def test_a_symbolic_link_is_not_published(tmp_path: Path) -> None:
 def test_attempts_on_other_hosts_are_not_judged_by_process_ids_of_this_one(tmp_path: Path) -> None:
     store = Store(tmp_path)
     (tmp_path / "attempts" / "999999999-x@elsewhere").mkdir(parents=True)
-    (tmp_path / "attempts" / f"999999999-x@{store_module.host_tag()}").mkdir()
+    (tmp_path / "attempts" / f"999999999-x@{files.host_tag()}").mkdir()
 
     assert store.remove_dead_attempts() == 1
     assert [x.kind for x in store.leftovers()] == ["unknown"]

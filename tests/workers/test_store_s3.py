@@ -18,9 +18,9 @@ import pytest
 pytest.importorskip("s3fs")
 server_module = pytest.importorskip("moto.server")
 
-from pare.workers import store as store_module  # noqa: E402
 from pare.workers.blobs import FsspecBlobs, StoreError  # noqa: E402
-from pare.workers.store import ArtifactError, RemoteStore, open_store  # noqa: E402
+from pare.workers.remote_store import RemoteStore  # noqa: E402
+from pare.workers.store import ArtifactError, open_store  # noqa: E402
 
 FP = "ab" * 32
 
@@ -441,7 +441,7 @@ def test_a_missing_bucket_and_refused_credentials_are_told(
 
 
 def test_a_cache_of_another_user_is_refused(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module.os, "getuid", lambda: 12345)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
 
     with pytest.raises(StoreError, match="another user's"):
         publish(open_store(url, tmp_path))

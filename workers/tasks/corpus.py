@@ -19,9 +19,9 @@ from pare.workers.corpus import (
     text_documents,
     write_split,
 )
+from pare.workers.files import digest_file
 from pare.workers.hub import cached_snapshot
 from pare.workers.sources import check_unchanged, data_files, digest_directory
-from pare.workers.store import digest_file
 from pare.workers.task import TaskContext, TaskError
 
 

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from pare.workers.corpus import SourceError
+from pare.workers.files import digest_file
 from pare.workers.gguf_file import Gguf
 from pare.workers.hub import fetch_model
 from pare.workers.models import dense_index
@@ -27,7 +28,6 @@ from pare.workers.sources import (
     model_files,
     smollm2_file,
 )
-from pare.workers.store import digest_file
 from pare.workers.task import TaskContext, TaskError
 from pare.workers.tiny import TinySettings, tiny_tokenizer, train_tiny
 
