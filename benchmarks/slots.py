@@ -1,4 +1,5 @@
 """`make bench-slots`: where the slot time of a finished run went, from its ledger. 90 % is to be inside methods and evaluation.
+It also says how near the estimates came that were made before.
 
 Slot time is slots x the wall time of the run. Of an attempt its task's own clock tells the time in the task, and how much
 of that went into loading and saving; what is left of the time that the driver saw is the way there and back: start of the
@@ -20,7 +21,9 @@ from typing import Any
 
 from benchmarks.provenance import provenance
 from pare.orchestrator import hardware
+from pare.orchestrator.costs import attempts_of, estimated
 from pare.orchestrator.engine import ALONE, COORDINATED
+from pare.orchestrator.estimate import accuracy
 from pare.orchestrator.ledger import Ledger
 
 RESULT = Path(__file__).parent / "results" / "slots.json"
@@ -100,6 +103,12 @@ def read(home: Path, sweep: str | None) -> tuple[dict[str, Any], list[Attempt]]:
     return dict(runs[0]), attempts
 
 
+def how_near(home: Path, sweep: str) -> dict[str, Any]:
+    """How near what `pare plan` would have said of the sweep came to what it cost."""
+    with closing(Ledger(home)) as ledger:
+        return accuracy(*estimated(attempts_of(ledger, sweep)))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sweep", nargs="?", help="id or name; default: the latest")
@@ -127,6 +136,7 @@ def main() -> int:
         "share": {name: spent[name] / total for name in WHERE},
         "target": TARGET,
         "reached": spent["work"] / total >= TARGET,
+        "estimates": how_near(given.home, run["sweep"]),
         "task_s": dict(sorted(by_type.items(), key=lambda item: -item[1])),
     }
     given.result.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ray
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -49,4 +50,6 @@ def run(ctx: TaskContext) -> dict[str, Any]:
         method, model, SEQUENCES, ctx.out, 3, engine, progress, ctx.point, ctx.checkpoint, spec.get("save_every_s", 1e9)
     )
     weights = [float(p.detach().double().abs().sum()) for p in model.parameters() if p.requires_grad]
-    return {"losses": [step.loss for step in steps], "weights": weights, "taken": taken, "ranks": ranks.count}
+    node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    losses = [step.loss for step in steps]
+    return {"losses": losses, "weights": weights, "taken": taken, "ranks": ranks.count, "nodes": ranks.all(node)}

@@ -124,6 +124,21 @@ def test_only_nodes_with_the_labels_are_used(tmp_path: Path, store: Store, rayle
         RayPool(None, "cpu", tmp_path, Cluster(address=raylets.address, labels={"zone": "c"}))
 
 
+def test_ranks_on_two_nodes_find_each_other(tmp_path: Path, store: Store, raylets: Raylets) -> None:
+    raylets.add_node(num_cpus=1)
+    pool = RayPool(None, "cpu", tmp_path, Cluster(address=raylets.address))
+    spec = {"settings": {"steps": 2, "batch_size": 2}, "told": str(tmp_path)}
+    try:
+        assert pool.ranks() == 2
+        pool.submit(0, [{**request(store, "both"), "type": "tests.orchestrator.ranked", "spec": spec, "ranks": 2}], Room.SLOT)
+        (reply,) = replies(pool, 1)
+    finally:
+        pool.close()
+
+    assert reply["ok"], reply
+    assert len(set(reply["result"]["nodes"])) == reply["result"]["ranks"] == 2
+
+
 def test_a_cluster_that_does_not_answer_is_said_to(tmp_path: Path) -> None:
     with pytest.raises(InfeasibleError, match=r"no Ray cluster answers at cluster.address=127.0.0.1:9"):
         RayPool(None, "cpu", tmp_path, Cluster(address="127.0.0.1:9"))
