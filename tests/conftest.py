@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,12 @@ from pare.workers.task import TaskContext
 from pare.workers.tasks import import_model
 
 FRACTIONS = {"train": 0.8, "validation": 0.05, "selection": 0.05, "test": 0.1}
+
+
+def pytest_configure() -> None:
+    """A shell that starts the tests in the background has Ctrl-C ignored, in their children too; some tests send it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
