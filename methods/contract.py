@@ -80,6 +80,10 @@ class InputGroup:
     statistics: dict[str, Tensor] = field(default_factory=dict)
     """Name of the statistic -> its value, for the statistics the method needs."""
 
+    original: dict[str, Tensor] = field(default_factory=dict)
+    """Parameter name -> weight (out, in), float32, of the base model, before any stage. Only for a method that
+    `reads_original`."""
+
 
 class Method:
     """What all kinds share. The settings are the dataclass fields of the subclass."""
@@ -104,6 +108,8 @@ class LayerMethod(Method):
     """(input group) -> new formulas. Works on one input group at a time and sees nothing else of the model."""
 
     kind: ClassVar[str] = "layer"
+    reads_original: ClassVar[bool] = False
+    """Whether it wants to see the base model's weights beside what an earlier stage has made of them."""
     inputs: str = "dense"
     """Under calibration a block reads what the "dense" or the "compressed" blocks before it put out. A method with
     statistics may make this a setting."""

@@ -436,8 +436,7 @@ class Builder:
             levels[f"level.{value}"] = self.add_stage(
                 dataclasses.replace(trial, name=f"{setting}={value}"), one, model, artifact, tokens
             )
-        needs = METHODS[builder.method].needs or (Gram,)
-        statistics = self.statistics(trial, artifact, needs, tokens)
+        statistics = self.statistics(trial, artifact, (Gram,), tokens)  # errors are weighted by it, whoever made the levels
         table = self.add(
             "levels",
             f"levels {trial.name}",

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pare.methods.contract import METHODS
+from pare.methods.ops.statistics import Gram
 from pare.orchestrator.machine import Machine
 
 Record = dict[str, Any]
@@ -236,7 +238,8 @@ def score(job: Job) -> Work:
 def calibrate(job: Job) -> Work:
     s, (sequences, length) = job.shape, job.windows()
     tokens = sequences * length
-    grams = Work(2 * tokens * s.gram, disk=4.0 * s.gram)
+    has_gram = any(statistic["class"] == Gram.__qualname__ for statistic in job.spec["statistics"])
+    grams = Work(2 * tokens * s.gram, disk=4.0 * s.gram) if has_gram else Work(disk=4.0 * s.columns)
     held = Work(memory=job.loading().memory + tokens * s.width * job.item * 2)
     return job.loading() + job.forward(sequences, length, rows=4 * length) + grams + held
 
@@ -245,13 +248,15 @@ def compress(job: Job) -> Work:
     s, settings = job.shape, job.settings
     work = Work(moved=s.linears * (SEARCH if settings.get("mse") else ROUNDING), disk=made_by(job).operands)
     work += Work(memory=2e7 + s.linears / max(s.blocks, 1) * 16 + work.disk)
-    if "statistics" in job.record["inputs"] or "tokens" in job.record["inputs"]:
+    has_gram = Gram in METHODS[job.spec["method"]].needs if job.spec["method"] in METHODS else True
+    if has_gram and job.record["inputs"].keys() & {"statistics", "tokens"}:
         solving = Work(2 * s.solve + 3 * s.cubes, fixed_s=s.columns * COLUMN_S)
         work += solving + Work(memory=work.memory + 4 * s.gram / max(s.blocks, 1) * 4)
     if "tokens" in job.record["inputs"]:  # every block sees its compressed predecessors: two passes and the statistics
         sequences, length = job.windows()
         passes = job.forward(sequences, length, rows=4 * length).times(2)
-        work += job.loading() + passes + Work(2 * sequences * length * s.gram, memory=work.memory + job.loading().memory)
+        work += job.loading() + passes + Work(memory=work.memory + job.loading().memory)
+        work += Work(2 * sequences * length * s.gram) if has_gram else Work()
     return work
 
 
@@ -366,10 +371,14 @@ def made_by(job: Job) -> Made:
         adapter = all(member.adapter for member in members)
         return Made(sum(member.operands for member in members) if adapter else 4.0 * shape.linears, adapter)
     operands = 0.0
+    if kind == "compress" and "rank" in settings:  # a term beside what is there
+        return Made(job.made.get("model", Made()).operands + 2.0 * settings["rank"] * shape.spans)
     if "rank" in settings:  # the update as operands, and once more as the adapter's own file
         operands += 2 * 4.0 * settings["rank"] * shape.spans
     if "quant_type" in settings:
         operands += shape.linears * (4.13 if settings.get("double_quant", True) else 4.5) / 8
+    elif "sparsity" in settings:  # a bit for each weight, and what stays
+        operands += shape.linears * (1 / 8 + (1 - settings["sparsity"]) * shape.weight_bytes)
     elif "bits" in settings:
         group = settings.get("group_size", -1)
         operands += shape.linears * (settings["bits"] + (16 / group if group > 0 else 0.0)) / 8

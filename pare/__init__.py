@@ -9,6 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+    from typing import Any
+
     import pandas
 
 __version__ = "0.1.0"
@@ -19,3 +22,16 @@ def results(sweep: str | None = None, home: str | None = None) -> pandas.DataFra
     from pare.orchestrator import results as reader
 
     return reader.results(sweep, home)
+
+
+def load(directory: str | Path, dtype: Any = None, device: str = "cpu") -> Any:
+    """The model of an export whose `opens_with` says "pare", ready to be used as any model of transformers.
+
+    dtype: what it computes in, a torch dtype; None: that of its base. Every weight is worked out: it takes as much memory as
+    the base. Reads nothing but the directory, and runs no code that lies in it.
+    """
+    from pathlib import Path
+
+    from pare.workers.export.pare_form import open_pare
+
+    return open_pare(Path(directory), dtype, device)

@@ -93,14 +93,14 @@ class ModelArtifact:
         return self.base.materialise(name) + formula.materialise()
 
 
-def dense_index(directory: Path) -> dict[str, Path]:
-    """Parameter name -> safetensors file, for a directory that `save_pretrained` wrote."""
-    index = directory / "model.safetensors.index.json"
+def dense_index(directory: Path, stem: str = "model") -> dict[str, Path]:
+    """Tensor name -> safetensors file, for a directory that `save_pretrained` (or `write_weights`) wrote."""
+    index = directory / f"{stem}.safetensors.index.json"
     if index.exists():
         return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
-    single = directory / "model.safetensors"
+    single = directory / f"{stem}.safetensors"
     if not single.exists():
-        raise FileNotFoundError(f"{directory} holds neither model.safetensors nor model.safetensors.index.json")
+        raise FileNotFoundError(f"{directory} holds neither {stem}.safetensors nor {stem}.safetensors.index.json")
     with safe_open(single, framework="pt") as f:
         return dict.fromkeys(f.keys(), single)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -17,3 +18,11 @@ def full_float32() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def narrowest(values: Tensor) -> Tensor:
+    """The same float32 numbers in the narrowest of bfloat16, float16 and float32 that holds each of them exactly."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(values.to(dtype).float(), values):
+            return values.to(dtype)
+    return values

@@ -50,3 +50,22 @@ class Gram(Statistic):
         if not self.tokens:
             raise ValueError("a Gram matrix of no tokens: the linears of this group were never called")
         return self.total * (2 / self.tokens)
+
+
+class MeanSquare(Statistic):
+    """a_j = mean over the tokens of x_j^2, float32 (in,): what stands on the diagonal of `Gram`, halved."""
+
+    name = "mean_square"
+
+    def start(self, n_features: int, device: torch.device) -> None:
+        self.total = torch.zeros(n_features, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        self.total += x.to(self.total.device, torch.float32).square().sum(0)
+        self.tokens += len(x)
+
+    def finish(self) -> Tensor:
+        if not self.tokens:
+            raise ValueError("a mean of no tokens: the linears of this group were never called")
+        return self.total / self.tokens

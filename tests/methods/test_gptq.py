@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from pare.methods.contract import Context, InputGroup
+from pare.methods.ops.second_order import inverse_factor
 from pare.methods.ops.statistics import Gram
 from pare.methods.parts.codes import Codes, Rows
 from pare.methods.parts.formula import Formula
-from pare.methods.quantize.gptq import Gptq, inverse_factor
+from pare.methods.quantize.gptq import Gptq
 from pare.methods.quantize.rtn import Rtn
 from pare.methods.settings import SettingsError
 

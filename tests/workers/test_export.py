@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import pare
 from pare.methods.parts.codebooks import Integer, nf4
 from pare.methods.parts.codes import Codes, Flat, Rows
-from pare.methods.parts.formula import Formula, LowRank
+from pare.methods.parts.formula import Dense, Formula, LowRank
+from pare.methods.parts.masked import Masked
 from pare.workers.export.choose import choose_format
 from pare.workers.export.files import tensor_sizes, write_weights
 from pare.workers.export.reader import NO_DEPLOYMENT_FIGURE, open_export
@@ -165,21 +168,69 @@ def inexpressible(codes: Callable[..., Codes]) -> dict[str, tuple[Callable[[str,
 
 
 @pytest.mark.parametrize("case", ["nf4", "short group", "permuted", "offset", "unsigned", "low rank", "some zero points"])
-def test_what_compressed_tensors_cannot_say_is_written_out_and_the_reason_given(
+def test_what_compressed_tensors_cannot_say_is_kept_in_pares_own_form_and_the_reason_given(
     workshop: Any, codes: Callable[..., Any], case: str
 ) -> None:
     code, reason = inexpressible(codes)[case]
-    artifact = workshop.open(workshop.artifact("odd", code))
+    artifact = workshop.artifact("odd", code)
+
+    out, result = workshop.run(export, "export", {"card": CARD}, model=artifact)
+
+    assert (result["format"], result["opens_with"]) == ("pare", "pare")
+    assert re.search(reason, result["reason"]), result["reason"]
+    assert result["notes"] == [f"exported as pare: {result['reason']}"]
+    opened = open_export(out, torch.float32)
+    assert torch.equal(logits(opened.model), logits(load_in_memory(workshop.open(artifact), torch.float32)))
+    assert opened.notes == [NO_DEPLOYMENT_FIGURE]
+
+
+def half(name: str, weight: Tensor) -> Formula:
+    keep = weight.abs() > weight.abs().median(dim=1, keepdim=True).values
+    return Formula([Masked.of(keep, weight[keep])])
+
+
+def test_pares_own_form_is_opened_by_one_line_and_takes_the_bytes_of_its_formulas(workshop: Any) -> None:
+    artifact = workshop.artifact("half", half)
+
+    out, result = workshop.run(export, "export", {"card": CARD}, model=artifact)
+
+    model = pare.load(out)
+    assert model.dtype == torch.bfloat16, "that of the base"
+    assert torch.equal(logits(model), logits(load_in_memory(workshop.open(artifact), torch.bfloat16)))
+    opened = workshop.open(artifact)
+    names = opened.compressed_names()
+    rest = sum(opened.stored(name).nbytes for name in opened.parameter_names() if name not in names)
+    assert sum(size.bytes for size in tensor_sizes(out).values()) == rest + sum(opened.effective(n).nbytes for n in names)
+    assert result["size/linear_bits_per_weight"] == pytest.approx(8 + 1, rel=0.1), "half of 16 bits, and the mask"
+    assert "pare.load(DIRECTORY)" in (out / "README.md").read_text()
+
+
+def test_pares_own_form_cannot_be_taken_for_a_model_of_transformers(workshop: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out, _ = workshop.run(export, "export", {"card": CARD}, model=workshop.artifact("half", half))
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(out)
+
+    with pytest.raises(ValueError, match=r"has no pare\.json"):
+        pare.load(tmp_path)
+    table = json.loads((out / "pare.json").read_text())
+    (out / "pare.json").write_text(json.dumps({**table, "format": 9}))
+    with pytest.raises(ValueError, match="format 9 of Pare's own form; this Pare opens format 1"):
+        pare.load(out)
+
+
+def test_what_is_no_smaller_than_the_weights_is_written_out(workshop: Any) -> None:
+    artifact = workshop.open(workshop.artifact("doubled", lambda name, weight: Formula([Dense(2 * weight)])))
 
     name, why = choose_format(artifact)
 
     assert name == "dense"
-    assert re.search(reason, why), why
+    assert "no smaller than they are" in why
 
 
-def test_a_dense_export_holds_the_weights_in_the_dtype_of_the_base(workshop: Any, codes: Callable[..., Any]) -> None:
-    code, _ = inexpressible(codes)["nf4"]
-    artifact = workshop.artifact("nf4", code)
+def test_a_dense_export_holds_the_weights_in_the_dtype_of_the_base(workshop: Any) -> None:
+    artifact = workshop.artifact("doubled", lambda name, weight: Formula([Dense(2 * weight)]))
 
     out, result = workshop.run(export, "export", {"card": CARD}, model=artifact)
 
@@ -189,7 +240,7 @@ def test_a_dense_export_holds_the_weights_in_the_dtype_of_the_base(workshop: Any
         assert torch.equal(weight, memory.get_parameter(name).to(torch.bfloat16))
     assert result["size/linear_bits_per_weight"] == 16
     assert json.loads((out / "export.json").read_text())["reason"] == result["reason"]
-    assert "nf4" in result["reason"]
+    assert "is stored as dense" in result["reason"]
 
 
 def test_sizes_are_those_of_the_files(workshop: Any, codes: Callable[..., Any]) -> None:

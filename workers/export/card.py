@@ -15,6 +15,11 @@ tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)""",
 config = CompressedTensorsConfig(dequantize=True)  # zero points cannot be opened without it
 model = AutoModelForCausalLM.from_pretrained(DIRECTORY, quantization_config=config)
 tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)""",
+    "pare": """import pare
+from transformers import AutoTokenizer
+
+model = pare.load(DIRECTORY)
+tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)""",
 }
 """How to open an export, by the way of opening."""
 

@@ -39,7 +39,9 @@ def copy_companions(source: Path, out: Path) -> None:
                 shutil.copyfile(file, out / file.name)
 
 
-def write_weights(tensors: Iterable[tuple[str, Tensor]], out: Path, shard_bytes: int = SHARD_BYTES) -> None:
+def write_weights(
+    tensors: Iterable[tuple[str, Tensor]], out: Path, shard_bytes: int = SHARD_BYTES, stem: str = "model"
+) -> None:
     """Writes tensors, as they come, to model.safetensors, or to shards with an index as transformers reads them."""
     shards: list[dict[str, Tensor]] = []
     where: dict[str, int] = {}
@@ -63,13 +65,13 @@ def write_weights(tensors: Iterable[tuple[str, Tensor]], out: Path, shard_bytes:
         total += tensor.nbytes
     close(shards[-1])
     if len(shards) == 1:
-        (out / "1.part").rename(out / "model.safetensors")
+        (out / "1.part").rename(out / f"{stem}.safetensors")
         return
-    names = {i: f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)}
+    names = {i: f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)}
     for i, name in names.items():
         (out / f"{i}.part").rename(out / name)
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in sorted(where.items())}}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (out / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 @dataclass(frozen=True)

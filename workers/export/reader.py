@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from pare.workers.export.adapter import open_adapter
+from pare.workers.export.pare_form import open_pare
 from pare.workers.models import load_tokenizer
 
 NO_DEPLOYMENT_FIGURE = "decompressed by transformers, no deployment figure"
-"""Said of speed and memory where the runtime turns codes into a dense model before it computes."""
+"""Said of speed and memory where a model is made dense before it computes."""
 
 
 @dataclass
@@ -35,10 +36,12 @@ def open_export(directory: Path, dtype: torch.dtype, device: torch.device | str 
     if said["format"] == "adapter":
         model = open_adapter(directory, dtype, device)
         library = "peft-bitsandbytes" if getattr(model, "is_loaded_in_4bit", False) else "peft"
+    elif said["format"] == "pare":
+        model, library = open_pare(directory, dtype, device), "transformers"
     else:
         model = open_stock(directory, said["dequantize"], dtype, device)
         library = "transformers"
-    notes = [NO_DEPLOYMENT_FIGURE] if said["format"] == "compressed-tensors" else []
+    notes = [NO_DEPLOYMENT_FIGURE] if said["format"] in ("compressed-tensors", "pare") else []
     return OpenedExport(model.eval(), load_tokenizer(directory), f"{library}-{device.type}", notes)
 
 

@@ -63,9 +63,10 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     formulas = {name: formula for of_block in made for name, formula in of_block.items()}
     write_formulas(ctx.out, ctx.fingerprint_of["model"], formulas)
     weights = sum(formula.shape[0] * formula.shape[1] for formula in formulas.values())
+    whole = [in_place(artifact, name, formula) for name, formula in formulas.items()]
     return {
-        "size/linear_bits_per_weight": sum(formula.logical_bits for formula in formulas.values()) / weights,
-        "size/linear_bytes": sum(formula.nbytes for formula in formulas.values()),
+        "size/linear_bits_per_weight": sum(formula.logical_bits for formula in whole) / weights,
+        "size/linear_bytes": sum(formula.nbytes for formula in whole),
         "notes": notes,
     }
 
@@ -114,7 +115,7 @@ def compress_streaming(
         formulas = compress_block(artifact, passing.block, passing.statistics, method, context)
         with torch.no_grad():
             for name, formula in formulas.items():
-                model.get_parameter(name).copy_(formula.materialise())
+                model.get_parameter(name).copy_(in_place(artifact, name, formula).materialise())
         made.append({name: formula.to("cpu") for name, formula in formulas.items()})
         ctx.progress(len(made), len(anatomy.blocks), "blocks")
 
@@ -127,12 +128,20 @@ def compress_block(
     for group in block.groups:
         present = {name: formula.to(context.device) for name in group.weights if (formula := artifact.formula(name))}
         weights = {name: artifact.materialise(name).to(context.device) for name in group.weights}
-        made = method.compress(InputGroup(group.name, weights, present, statistics[group.name]), context)
+        original = {}
+        if method.reads_original:
+            original = {name: artifact.dense.stored(name).float().to(context.device) for name in group.weights}
+        made = method.compress(InputGroup(group.name, weights, present, statistics[group.name], original), context)
         got, wanted = {n: f.shape for n, f in made.items()}, {n: tuple(w.shape) for n, w in weights.items()}
         if got != wanted:
             raise TaskError(f"{method.name} made formulas of shapes {got} for weights of shapes {wanted}")
         formulas |= made
     return formulas
+
+
+def in_place(artifact: ModelArtifact, name: str, formula: Formula) -> Formula:
+    """The whole of a weight: what is added to one is counted, and worked out, with it."""
+    return formula if formula.op == "replace" else Formula([*artifact.effective(name).parts, *formula.parts])
 
 
 def to_piece(formulas: dict[str, Formula]) -> dict[str, Any]:

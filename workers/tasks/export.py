@@ -12,6 +12,7 @@ from pare.workers.export.choose import choose_format
 from pare.workers.export.compressed_tensors import export_compressed_tensors
 from pare.workers.export.dense import export_dense
 from pare.workers.export.files import TensorSize, tensor_sizes, weight_files
+from pare.workers.export.pare_form import export_pare
 from pare.workers.models import ModelArtifact
 from pare.workers.task import TaskContext
 
@@ -25,6 +26,9 @@ def run(ctx: TaskContext) -> dict[str, Any]:
         opens_with, how_to_open = export_adapter(artifact, ctx.out)
     elif name == "dense":
         export_dense(artifact, ctx.out)
+    elif name == "pare":
+        export_pare(artifact, ctx.out)
+        opens_with, how_to_open = "pare", OPEN["pare"]
     else:
         dequantize = not export_compressed_tensors(artifact, ctx.out)
         opens_with = "transformers + compressed-tensors" + (", dequantize=True" if dequantize else "")
@@ -32,8 +36,9 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     facts = {"format": name, "opens_with": opens_with, "reason": reason, **sizes(artifact, ctx.out)}
     (ctx.out / "README.md").write_text(model_card(ctx.spec.get("card", {}), facts, how_to_open))
     (ctx.out / "export.json").write_text(json.dumps({**facts, "dequantize": dequantize}, indent=1))
-    # That codes had to be written out belongs beside the trial's figures; the other reasons are what one expects.
-    return facts | {"notes": [f"exported as {name}: {reason}"] if name == "dense" and artifact.compressed_names() else []}
+    # That no common form says it belongs beside the trial's figures; the other reasons are what one expects.
+    is_noted = name in ("dense", "pare") and artifact.compressed_names()
+    return facts | {"notes": [f"exported as {name}: {reason}"] if is_noted else []}
 
 
 def sizes(artifact: ModelArtifact, out: Path) -> dict[str, float]:

@@ -16,6 +16,7 @@ from pare.methods.ops.normal_float import nf4
 from pare.methods.parts.codebooks import Integer, Table
 from pare.methods.parts.codes import Codes, Flat, Rows
 from pare.methods.parts.formula import PARTS, Dense, Formula, LowRank, Part, load_parts, read_part
+from pare.methods.parts.masked import Masked
 
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 70))
 FLOATS = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -53,6 +54,18 @@ def flat_codes(draw: st.DrawFn) -> Codes:
     return Codes.of(random_codes(2, shape, seed), Integer(2, True), Flat(32), scale, offset=torch.tensor(0.5))
 
 
+@st.composite
+def masked(draw: st.DrawFn) -> Masked:
+    shape, seed = draw(SHAPES), draw(SEEDS)
+    keep = random(shape, seed) > draw(st.sampled_from([-9.0, -0.5, 0.0, 1.0]))
+    keep[0, 0] = True  # a part of no weights has no shape
+    kept = int(keep.sum())
+    if draw(st.booleans()):
+        return Masked.of(keep, random((kept,), seed, draw(FLOATS)))
+    scale = random((ceil(kept / 32),), seed, draw(FLOATS))
+    return Masked.of(keep, Codes.of(random_codes(4, (1, kept), seed), Integer(4, True), Flat(32), scale))
+
+
 EXAMPLES: dict[str, st.SearchStrategy[Part]] = {
     "dense": st.builds(lambda shape, seed, dtype: Dense(random(shape, seed, dtype)), SHAPES, SEEDS, FLOATS),
     "low_rank": st.builds(
@@ -65,6 +78,7 @@ EXAMPLES: dict[str, st.SearchStrategy[Part]] = {
         FLOATS,
     ),
     "codes": grouped_codes() | flat_codes(),
+    "masked": masked(),
 }
 
 

@@ -1,0 +1,42 @@
+"""Which weights may go: any of them, or all but N of every M consecutive columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from pare.methods.settings import SettingsError
+
+
+class Pattern(NamedTuple):
+    kept: int
+    of: int
+
+
+PATTERNS = {"unstructured": None, "2:4": Pattern(2, 4), "4:8": Pattern(4, 8)}
+"""By the name that settings give them. Those of N:M are what hardware and its kernels know."""
+
+
+def pattern_of(name: str) -> Pattern | None:
+    """None: unstructured."""
+    return PATTERNS[name]
+
+
+def check_pattern(method: Any, pattern: str, sparsity: float, widths: Mapping[str, tuple[int, int]] | None = None) -> None:
+    """Raises SettingsError for an unknown pattern, one of another sparsity, or widths (out, in) that it does not divide."""
+    if pattern not in PATTERNS:
+        raise SettingsError(method.name, "pattern", pattern, f"one of {', '.join(PATTERNS)}")
+    found = PATTERNS[pattern]
+    if found is None:
+        return
+    if sparsity != 1 - found.kept / found.of:
+        raise SettingsError(method.name, "sparsity", sparsity, f"{1 - found.kept / found.of:g} with pattern={pattern}")
+    for name, (_, columns) in (widths or {}).items():
+        if columns % found.of:
+            allowed = f"unstructured for {name}, which has {columns} columns that {found.of} does not divide"
+            raise SettingsError(method.name, "pattern", pattern, allowed)
+
+
+def count(n: int, sparsity: float) -> int:
+    """floor(n * sparsity), of the number that was meant: 0.29 of 100 are 29, whatever binary fractions make of it."""
+    return int(n * sparsity + 1e-9 * n)

@@ -1,0 +1,83 @@
+"""Export in Pare's own form: the formulas as they are, for what no common format can say at its true size.
+
+    pare.json                 format, and parameter name -> formula
+    pare.safetensors          the operands (`NAME:0.codes`, ...) and the parameters that are the base's (or shards of it)
+    config.json, tokenizer    the base's
+
+The weights do not bear the name that transformers looks for, so it refuses the directory instead of making up weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from pare.methods.parts.formula import Formula
+from pare.workers.export.files import copy_companions, write_weights
+from pare.workers.models import ModelArtifact, dense_index, load_skeleton, within_name
+
+FORMAT = 1
+TABLE, STEM = "pare.json", "pare"
+
+
+def export_pare(artifact: ModelArtifact, out: Path) -> None:
+    """Writes table, weights, config, tokenizer and generation config to `out`."""
+    source = artifact.dense.directory
+    table: dict[str, Any] = {}
+    shutil.copyfile(source / "config.json", out / "config.json")
+    copy_companions(source, out)
+    write_weights(operands(artifact, table), out, stem=STEM)
+    (out / TABLE).write_text(json.dumps({"format": FORMAT, "tensors": table}, indent=1))
+
+
+def operands(artifact: ModelArtifact, table: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of all that is stored; the formulas go into `table` on the way."""
+    changed = set(artifact.compressed_names())
+    for name in artifact.parameter_names():
+        if name not in changed:
+            yield name, artifact.stored(name)
+            continue
+        formula = artifact.effective(name)
+        table[name] = formula.spec()
+        for key, tensor in formula.tensors().items():
+            yield f"{name}:{key}", tensor
+
+
+def open_pare(directory: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
+    """The exported model, every weight worked out, in evaluation mode.
+
+    Raises:
+        ValueError: the directory is no such export, or one of another format or with parts that this Pare does not know.
+    """
+    if not (directory / TABLE).is_file():
+        raise ValueError(f"{directory} has no {TABLE}: it is no export in Pare's own form. Its README.md says how to open it")
+    said = json.loads((directory / TABLE).read_text())
+    if said["format"] != FORMAT:
+        raise ValueError(f"{directory}: format {said['format']} of Pare's own form; this Pare opens format {FORMAT}")
+    skeleton: Any = load_skeleton(directory)
+    dtype = dtype or skeleton.config.dtype or torch.float32
+    weights = {name: weight.to(dtype) for name, weight in worked_out(directory, said["tensors"])}
+    model: nn.Module = type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=weights, dtype=dtype)
+    return model.to(device).eval()
+
+
+def worked_out(directory: Path, table: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """(name, dense weight) of every parameter."""
+    where = dense_index(directory, STEM)
+    files = {file: safe_open(file, framework="pt") for file in set(where.values())}
+    of_formula: dict[str, dict[str, Tensor]] = {name: {} for name in table}
+    for key, file in where.items():
+        name = key.partition(":")[0]
+        if name in table:
+            of_formula[name][key] = files[file].get_tensor(key)
+        else:
+            yield name, files[file].get_tensor(key)
+    for name, tensors in of_formula.items():
+        yield name, Formula.from_tensors(table[name], within_name(name, tensors)).materialise()
