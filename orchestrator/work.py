@@ -371,6 +371,8 @@ def made_by(job: Job) -> Made:
         adapter = all(member.adapter for member in members)
         return Made(sum(member.operands for member in members) if adapter else 4.0 * shape.linears, adapter)
     operands = 0.0
+    if kind == "compress" and "ratio" in settings:
+        return Made(shape.linears * settings["ratio"] * shape.weight_bytes)
     if kind == "compress" and "rank" in settings:  # a term beside what is there
         return Made(job.made.get("model", Made()).operands + 2.0 * settings["rank"] * shape.spans)
     if "rank" in settings:  # the update as operands, and once more as the adapter's own file

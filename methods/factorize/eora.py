@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pare.methods.contract import Context, InputGroup, LayerMethod, method
+from pare.methods.ops.second_order import square_root
 from pare.methods.ops.statistics import Gram
 from pare.methods.parts.formula import Formula, LowRank
 from pare.methods.settings import SettingsError, check
@@ -77,16 +78,8 @@ class EoRA(LayerMethod):
     def root(self, gram: Tensor) -> tuple[Tensor, Tensor]:
         """H (in, in) float64 -> S (in, k) with S S^T = H, and its pseudo-inverse (k, in)."""
         if self.space == "plain":
-            eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            return eye, eye
-        if self.space == "scale":
-            values, vectors = gram.diagonal(), torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        else:
-            values, vectors = torch.linalg.eigh(gram)
-        # Below this an eigenvalue of a float32 matrix is noise, and one over its root would be large noise.
-        used = values > values.max() * len(gram) * torch.finfo(torch.float32).eps
-        roots, vectors = values[used].sqrt(), vectors[:, used]
-        return vectors * roots, (vectors / roots).T
+            gram = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        return square_root(gram.diagonal().diag() if self.space == "scale" else gram)
 
 
 def low_rank(error: Tensor, back: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -18,3 +18,14 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor | None, float]:
             return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True), damping
         damping *= 2
     return None, damping
+
+
+def square_root(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """H (n, n) symmetric, float64 -> S (n, k) with S S^T = H, and its pseudo-inverse (k, n). k: directions that count.
+
+    Below the smallest of them an eigenvalue of what was a float32 matrix is noise, and one over its root would be large noise.
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    used = values > values.max() * len(gram) * torch.finfo(torch.float32).eps
+    roots, vectors = values[used].sqrt(), vectors[:, used]
+    return vectors * roots, (vectors / roots).T
