@@ -68,21 +68,27 @@ class Lord(LayerMethod):
         if not seen:  # plain SVD of the weight
             context.report(f"lord/fallback/{group.name}", 1.0)
             gram = torch.eye(len(gram), device=gram.device)
+        gram, root = gram.double(), None
+        if any(weight.shape[0] > weight.shape[1] for weight in group.weights.values()):
+            root, _ = square_root(gram)
         dtype, formulas = getattr(torch, self.value_dtype), {}
-        for name, weight in group.weights.items():
-            directions, lost = principal(weight.double(), gram.double(), self.rank(tuple(weight.shape)))
+        for name, narrow in group.weights.items():
+            weight = narrow.double()
+            directions, lost = principal(weight, gram, root, self.rank(tuple(weight.shape)))
             context.report("lord/output_error", lost)
-            a = directions.T @ weight.double()
+            a = directions.T @ weight
             formulas[name] = Formula([LowRank(a.to(dtype), directions.to(dtype).contiguous())])
         return formulas
 
 
-def principal(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, float]:
-    """W (out, in), H (in, in), float64 -> U (out, rank) with orthonormal columns, and the l_i beyond the rank, summed."""
-    if weight.shape[0] <= weight.shape[1]:
+def principal(weight: Tensor, gram: Tensor, root: Tensor | None, rank: int) -> tuple[Tensor, float]:
+    """W (out, in), H (in, in), float64 -> U (out, rank) with orthonormal columns, and the l_i beyond the rank, summed.
+
+    root: S with S S^T = H, by which a weight with out > in goes, whose C would be larger than H; such weights need it.
+    """
+    if root is None or weight.shape[0] <= weight.shape[1]:
         values, vectors = torch.linalg.eigh(weight @ gram @ weight.T)
         return vectors[:, -rank:], float(values[:-rank].clamp(min=0).sum())
-    root, _ = square_root(gram)  # C would be larger than H
     u, s, _ = torch.linalg.svd(weight @ root, full_matrices=False)
     if u.shape[1] < rank:  # inputs of fewer directions than that: further ones change nothing, and may be any
         u = torch.linalg.qr(torch.cat([u, weight.new_zeros(len(weight), rank - u.shape[1])], 1))[0]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from pare.methods.settings import SettingsError
 
 
@@ -40,3 +43,9 @@ def check_pattern(method: Any, pattern: str, sparsity: float, widths: Mapping[st
 def count(n: int, sparsity: float) -> int:
     """floor(n * sparsity), of the number that was meant: 0.29 of 100 are 29, whatever binary fractions make of it."""
     return int(n * sparsity + 1e-9 * n)
+
+
+def all_but_smallest(score: Tensor, dropped: int) -> Tensor:
+    """score (..., n) -> bool (..., n): false for the `dropped` smallest along the last dimension, of equal ones the first."""
+    order = score.argsort(dim=-1, stable=True)[..., :dropped]
+    return torch.ones_like(score, dtype=torch.bool).scatter_(-1, order, False)

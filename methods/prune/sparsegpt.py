@@ -24,7 +24,7 @@ from torch import Tensor
 from pare.methods.contract import Context, InputGroup, LayerMethod, method
 from pare.methods.ops.precision import full_float32
 from pare.methods.ops.second_order import inverse_factor
-from pare.methods.ops.sparsity import check_pattern, count, pattern_of
+from pare.methods.ops.sparsity import all_but_smallest, check_pattern, count, pattern_of
 from pare.methods.ops.statistics import Gram
 from pare.methods.parts.formula import Formula
 from pare.methods.parts.masked import Masked
@@ -99,12 +99,12 @@ class SparseGpt(LayerMethod):
             if pattern is None:
                 cost = (w[start:stop] / pivots[start:stop, None]).square()
                 for mask, of_linear in zip(keep[start:stop].split(rows, 1), cost.split(rows, 1), strict=True):
-                    mask.copy_(all_but_smallest(of_linear.T.reshape(-1), self.sparsity).view(mask.T.shape).T)
+                    row_by_row = of_linear.T.reshape(-1)
+                    mask.copy_(all_but_smallest(row_by_row, count(len(row_by_row), self.sparsity)).view(mask.T.shape).T)
             for i in range(start, stop):
                 if pattern and i % pattern.of == 0:
                     cost = (w[i : i + pattern.of] / pivots[i : i + pattern.of, None]).square()
-                    dropped = cost.argsort(dim=0, stable=True)[: pattern.of - pattern.kept]
-                    keep[i : i + pattern.of].scatter_(0, dropped, False)
+                    keep[i : i + pattern.of] = all_but_smallest(cost.T, pattern.of - pattern.kept).T
                 value = torch.where(keep[i], w[i], 0.0).to(dtype).float()
                 error = errors[i - start]
                 torch.sub(w[i], value, out=error).div_(pivots[i])
@@ -114,9 +114,3 @@ class SparseGpt(LayerMethod):
             w[stop:].addmm_(factor[start:stop, stop:].T, done, alpha=-1)
             loss += done.square().sum()
         return keep.T, w.T, loss.item()
-
-
-def all_but_smallest(cost: Tensor, sparsity: float) -> Tensor:
-    """cost (n,) -> bool (n,): false for the count(n, sparsity) smallest; of equal ones the first go."""
-    order = cost.argsort(stable=True)[: count(len(cost), sparsity)]
-    return torch.ones_like(cost, dtype=torch.bool).index_fill_(0, order, False)

@@ -15,12 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from pare.methods.contract import Context, LayerMethod, method
 from pare.methods.ops.precision import narrowest
-from pare.methods.ops.sparsity import check_pattern, count, pattern_of
+from pare.methods.ops.sparsity import all_but_smallest, check_pattern, count, pattern_of
 from pare.methods.ops.statistics import MeanSquare
 from pare.methods.parts.formula import Formula
 from pare.methods.parts.masked import Masked
@@ -68,15 +67,9 @@ class Wanda(LayerMethod):
         """score (out, in) >= 0 -> which weights stay, bool (out, in). Of equal scores those further left go first."""
         rows, columns = score.shape
         if pattern := pattern_of(self.pattern):
-            return largest(score.view(rows, -1, pattern.of), pattern.of - pattern.kept).view(rows, columns)
+            return all_but_smallest(score.view(rows, -1, pattern.of), pattern.of - pattern.kept).view(rows, columns)
         if self.compare == "layer":
-            return largest(score.view(1, -1), count(rows * columns, self.sparsity)).view(rows, columns)
+            return all_but_smallest(score.view(1, -1), count(rows * columns, self.sparsity)).view(rows, columns)
         if self.compare == "column":
-            return largest(score.T.contiguous(), count(rows, self.sparsity)).T
-        return largest(score, count(columns, self.sparsity))
-
-
-def largest(score: Tensor, dropped: int) -> Tensor:
-    """score (..., n) -> bool (..., n): false for the `dropped` smallest along the last dimension."""
-    order = score.argsort(dim=-1, stable=True)[..., :dropped]
-    return torch.ones_like(score, dtype=torch.bool).scatter_(-1, order, False)
+            return all_but_smallest(score.T.contiguous(), count(rows, self.sparsity)).T
+        return all_but_smallest(score, count(columns, self.sparsity))

@@ -127,39 +127,37 @@ def test_files_that_were_dropped_and_are_read_again_are_a_reason(home: Path, par
     assert states["gptq gptq-bits=3"]["state"] == "cached"
 
 
-def test_a_query_whose_candidates_are_scored_is_answered_in_the_plan(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pare_says: Run
-) -> None:
+@pytest.fixture
+def merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is typed for two fine-tunings and their soup, in a home where nothing has run."""
     (tmp_path / "experiment").mkdir()
     blocks = "{lora: {recipe: lora, sweep: {recipe.tune.rank: '2,4'}}, soup: {recipe: soup}}"
     (tmp_path / "experiment" / "merged.yaml").write_text(f"# @package _global_\nname: merged\nblocks: {blocks}\n")
     monkeypatch.setenv("PARE_HOME", str(tmp_path / "home"))
-    words = [*homes.TINY, "experiment=merged", "--config-dir", str(tmp_path)]
+    return [*homes.TINY, "experiment=merged", "--config-dir", str(tmp_path)]
 
-    before = pare_says("plan", *words, "--json", "--check", code=10)
+
+def test_a_query_whose_candidates_are_scored_is_answered_in_the_plan(tmp_path: Path, merged: list[str], pare_says: Run) -> None:
+
+    before = pare_says("plan", *merged, "--json", "--check", code=10)
     homes.ran(tmp_path / "home", "experiment=merged", config_dir=tmp_path)
-    after = pare_says("plan", *words, "--json", "--check")
+    after = pare_says("plan", *merged, "--json", "--check")
 
     assert before["tasks"]["late"] > 0
     assert set(after["tasks"]) == {"total_if_separate", "unique", "cached"}
 
 
 def test_a_query_without_an_answer_is_not_work_that_waits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pare_says: Run
+    tmp_path: Path, merged: list[str], monkeypatch: pytest.MonkeyPatch, pare_says: Run
 ) -> None:
-    (tmp_path / "experiment").mkdir()
-    blocks = "{lora: {recipe: lora, sweep: {recipe.tune.rank: '2,4'}}, soup: {recipe: soup}}"
-    (tmp_path / "experiment" / "merged.yaml").write_text(f"# @package _global_\nname: merged\nblocks: {blocks}\n")
-    monkeypatch.setenv("PARE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(homes.Worker, "score", float("inf"))
-    words = [*homes.TINY, "experiment=merged", "--config-dir", str(tmp_path)]
 
     homes.ran(tmp_path / "home", "experiment=merged", config_dir=tmp_path)
-    after = pare_says("plan", *words, "--json", "--check")
+    after = pare_says("plan", *merged, "--json", "--check")
 
     whys = {task["why"] for task in after["plan"] if task["state"] == "unneeded"}
     assert whys == {"none of the trials to be merged has a finite score: lora-rank=2, lora-rank=4"}
-    assert "has a finite score" in pare_says("plan", *words)
+    assert "has a finite score" in pare_says("plan", *merged)
 
 
 # -- explain -----------------------------------------------------------------------------------------------------------
