@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pare.methods.parts.codebooks import Table, dynamic8, nf4
+from pare.methods.parts.codebooks import Table, dynamic8, fp4, nf4
 from pare.methods.parts.codes import Codes, Flat
 
 BLOCK, SCALE_BLOCK = 64, 256
@@ -92,7 +92,7 @@ def codes_of(weight: Any) -> Codes:
     shape = (state.shape[0], state.shape[1])
     if state.quant_type == "nf4":
         return Codes(shape, packed, nf4(), Flat(state.blocksize), scale)
-    return Codes(shape, swap_nibbles(packed, fp4_ranks()), Table(FP4.sort(stable=True).values), Flat(state.blocksize), scale)
+    return Codes(shape, swap_nibbles(packed, fp4_ranks()), fp4(), Flat(state.blocksize), scale)
 
 
 def fp4_ranks() -> Tensor:
@@ -114,9 +114,7 @@ def quant_type_of(codes: Codes) -> str | None:
         return None
     if not isinstance(codes.codebook, Table):
         return None
-    if codes.codebook.name == "nf4":
-        return "nf4"
-    return "fp4" if torch.equal(codes.codebook.values.cpu(), FP4.sort(stable=True).values) else None
+    return codes.codebook.name if codes.codebook.name in QUANT_TYPES else None
 
 
 def checkpoint_tensors(name: str, codes: Codes) -> dict[str, Tensor]:

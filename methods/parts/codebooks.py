@@ -1,28 +1,48 @@
 """What a code stands for: code (an unsigned integer of `bits` bits) -> value.
 
-A codebook knows no scale, no group and no packing. `NF4` and `DYNAMIC8` are fixed tables that bitsandbytes uses too.
+A codebook knows no scale, no group and no packing. `nf4`, `fp4` and `dynamic8` are fixed tables that bitsandbytes uses too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-PLAIN: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
-"""Tables are kept for the life of the process, so they must not take on a caller's default device or dtype."""
+from pare.methods.parts.minifloats import PLAIN, Minifloat, PowerOfTwo
+from pare.methods.parts.vectors import Vectors
+
+TERNARY_BITS = 1.6
+"""Bits of one code of three values: five of them in a byte."""
+
+__all__ = [
+    "TABLES",
+    "TERNARY_BITS",
+    "Codebook",
+    "Integer",
+    "Minifloat",
+    "PowerOfTwo",
+    "Table",
+    "Ternary",
+    "Vectors",
+    "binary",
+    "dynamic8",
+    "fp4",
+    "nf4",
+    "read_codebook",
+]
 
 
 class Codebook(Protocol):
     """What `Codes` asks of a codebook. A further kind is a class like this and its line in `read_codebook`."""
 
     @property
-    def bits(self) -> int:
-        """Bits of one code, 1 to 8."""
+    def bits(self) -> float:
+        """Bits of one code: 1 to 8, or `TERNARY_BITS`."""
 
     def lookup(self, codes: Tensor) -> Tensor:
         """codes uint8 (...) -> values float32 (...)."""
@@ -62,33 +82,58 @@ class Integer:
         return {"kind": "integer", "bits": self.bits, "signed": self.signed}
 
 
+@dataclass(frozen=True)
+class Ternary:
+    """-1, 0 and 1."""
+
+    bits: float = field(default=TERNARY_BITS, init=False)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        return codes.float() - 1
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return (values.round().clamp(-1, 1) + 1).to(torch.uint8)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {}
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "ternary"}
+
+
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Any ascending values, one for each code. A table with a `name` in `TABLES` costs no bytes; another one is stored."""
+    """Any values, one for each code. A table with a `name` in `TABLES` costs no bytes; another one is stored."""
 
     values: Tensor
-    """(2^bits,) float32, ascending."""
+    """(2^bits,), or (n, 2^bits): the row-major weight falls into n equal stretches, each with its own table; n = out gives one
+    for each row, n = out * groups one for each group of columns. Any float."""
 
     name: str | None = None
 
     def __post_init__(self) -> None:
-        n = len(self.values)
+        n = self.values.shape[-1]
         if n & (n - 1) or not 2 <= n <= 256:
             raise ValueError(f"a table holds 2, 4, ... or 256 values, got {n}")
-        if self.values.dtype != torch.float32 or not (self.values.diff() >= 0).all():
-            raise ValueError("the values of a table must be float32 and ascending")
+        if self.values.dim() not in (1, 2) or not self.values.is_floating_point():
+            raise ValueError(f"a table is (2^bits,) or (n, 2^bits), of floats, got {self.values.shape}, {self.values.dtype}")
 
     @property
     def bits(self) -> int:
-        return len(self.values).bit_length() - 1
+        return self.values.shape[-1].bit_length() - 1
 
     def lookup(self, codes: Tensor) -> Tensor:
-        return self.values.to(codes.device)[codes.int()]
+        values = self.values.to(codes.device).float()
+        if values.dim() == 1:
+            return values[codes.int()]
+        return values.gather(1, codes.reshape(len(values), -1).long()).view(codes.shape)
 
     def nearest(self, values: Tensor) -> Tensor:
-        table = self.values.to(values.device)
+        tables = self.values.to(values.device).float().view(-1, self.values.shape[-1])
+        table, order = tables.sort(stable=True)
         # A value half-way between two entries goes to the lower one.
-        return torch.bucketize(values, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+        place = torch.searchsorted((table[:, 1:] + table[:, :-1]) / 2, values.reshape(len(tables), -1).contiguous())
+        return order.gather(1, place).view(values.shape).to(torch.uint8)
 
     def tensors(self) -> dict[str, Tensor]:
         return {} if self.name else {"values": self.values}
@@ -112,6 +157,16 @@ def nf4() -> Table:
 
 
 @cache
+def fp4() -> Table:
+    """The 4-bit floats of bitsandbytes, ascending: a third of E2M1's values with 0.0625/12 for its smallest, and zero twice.
+
+    bitsandbytes numbers them in an order of its own (`methods/ops/bnb4bit.py`).
+    """
+    magnitude = torch.tensor([0, 0.0625, 2, 3, 4, 6, 8, 12], **PLAIN) / 12
+    return Table(torch.cat([-magnitude.flip(0), magnitude]), "fp4")
+
+
+@cache
 def dynamic8() -> Table:
     """Signed 8-bit numbers with an exponent of dynamic length (Dettmers, 2016, arXiv:1511.04561, section 2.3).
 
@@ -126,17 +181,32 @@ def dynamic8() -> Table:
     return Table(torch.cat(values).sort().values, "dynamic8")
 
 
-TABLES = {"nf4": nf4, "dynamic8": dynamic8}
+@cache
+def binary() -> Table:
+    """The two signs, 1 bit each."""
+    return Table(torch.tensor([-1, 1], **PLAIN), "binary")
+
+
+TABLES = {"nf4": nf4, "fp4": fp4, "dynamic8": dynamic8, "binary": binary}
 """Tables that are known by name and not stored."""
 
 
-def read_codebook(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Codebook:
+def read_codebook(spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Codebook | Vectors:
     """The inverse of (`spec`, `tensors`)."""
     match spec:
         case {"kind": "integer", "bits": bits, "signed": signed}:
             return Integer(bits, signed)
+        case {"kind": "minifloat", "exponent": exponent, "mantissa": mantissa, "special": special}:
+            return Minifloat(exponent, mantissa, special)
+        case {"kind": "power_of_two"}:
+            return PowerOfTwo()
+        case {"kind": "ternary"}:
+            return Ternary()
+        case {"kind": "vectors", "along": along}:
+            return Vectors(tensors["values"], along)
         case {"kind": "table", "name": None}:
             return Table(tensors["values"])
         case {"kind": "table", "name": name} if name in TABLES:
             return TABLES[name]()
-    raise ValueError(f"unknown codebook {dict(spec)}; known: integer, table of {', '.join(TABLES)} or of stored values")
+    known = f"integer, minifloat, power_of_two, ternary, vectors, table of {', '.join(TABLES)} or of stored values"
+    raise ValueError(f"unknown codebook {dict(spec)}; known: {known}")

@@ -2,17 +2,19 @@
 
 Four things are kept apart: the *codebook* (what a code stands for), the *index map* (which weights share a scale, and
 how their codes lie in memory), the *codes* and the *scale*. The scale is a tensor in the dtype in which it is stored, or
-itself a part. Operands, as they are stored:
+itself a part. A codebook may be of vectors, so that a code stands for several weights. Operands, as they are stored:
 
 | name | what | dtype, shape |
 |---|---|---|
-| `codes` | `Rows`: packed along the row (`pack_words`) | int32 (out, ceil(in * bits / 32)) |
+| `codes` | `Rows`, `Tiles`: packed along the row (`pack_words`) | int32 (out, ceil(in * bits / 32)) |
 |         | `Flat`: packed along the flattened weight (`pack_bytes`) | uint8 (ceil(out * in * bits / 8),) |
+|         | ternary: `pack_trits` along the row, or along the flattened weight | uint8 (out, ceil(in / 5)) or flat |
 | `scale` | one for each group; with a part as scale, its operands under `scale.` | any float; (out, groups) or (blocks,) |
-| `zero` | optional, `Rows` only: zero points as codes, packed down the rows | int32 (ceil(out * bits / 32), groups) |
+|         | or one for all | any float; () |
+| `zero` | optional, not with `Flat`: zero points as codes, packed down the rows | int32 (ceil(out * bits / 32), groups) |
 | `g_idx` | optional, `Rows` only: the group that a column belongs to | int32 (in,) |
 | `offset` | optional: added to every weight | float32 () |
-| `codebook.values` | only where the codebook is not fixed | float32 (2^bits,) |
+| `codebook.values` | only where the codebook is not fixed | any float (2^bits,), see `Table` and `Vectors` |
 
 Other formats are a renaming of these:
 - compressed-tensors `pack-quantized`: codes, scale, zero -> weight_packed, weight_scale, weight_zero_point (no short last
@@ -24,68 +26,18 @@ Other formats are a renaming of these:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pare.methods.parts.codebooks import Codebook, read_codebook
-from pare.methods.parts.formula import Part, read_part, within
-from pare.methods.parts.packing import pack_bytes, pack_words, unpack_bytes, unpack_words
+from pare.methods.parts.codebooks import TERNARY_BITS, Codebook, Table, read_codebook
+from pare.methods.parts.index_maps import Flat, IndexMap, Rows, Tiles, read_index
+from pare.methods.parts.packing import pack_words, unpack_words
+from pare.methods.parts.part import Operand, Part, operand_spec, operand_tensors, read_operand, within
+from pare.methods.parts.vectors import Vectors
 
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Groups of `group` consecutive columns of one row (-1: the whole row); the last group of a row may be short."""
-
-    group: int = -1
-    g_idx: Tensor | None = None
-    """(in,) int32, the group of each column, where groups are not of consecutive columns."""
-
-    def scale_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
-        return (shape[0], 1 if self.group == -1 else ceil(shape[1] / self.group))
-
-    def spread(self, scale: Tensor, shape: tuple[int, int]) -> Tensor:
-        """One number for each group (out, groups) -> one for each weight (out, in)."""
-        if self.group == -1:
-            return scale.expand(shape)
-        if self.g_idx is not None:
-            return scale[:, self.g_idx.int()]
-        return scale.repeat_interleave(self.group, dim=1)[:, : shape[1]]
-
-    def pack(self, codes: Tensor, bits: int) -> Tensor:
-        return pack_words(codes, bits)
-
-    def unpack(self, packed: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
-        return unpack_words(packed, bits, shape[1])
-
-    def spec(self) -> dict[str, Any]:
-        return {"kind": "rows", "group": self.group}
-
-
-@dataclass(frozen=True)
-class Flat:
-    """Blocks of `block` consecutive weights of the row-major flattened weight; the last block may be short."""
-
-    block: int
-
-    def scale_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
-        return (ceil(shape[0] * shape[1] / self.block),)
-
-    def spread(self, scale: Tensor, shape: tuple[int, int]) -> Tensor:
-        """One number for each block (blocks,) -> one for each weight (out, in)."""
-        return scale.repeat_interleave(self.block)[: shape[0] * shape[1]].view(shape)
-
-    def pack(self, codes: Tensor, bits: int) -> Tensor:
-        return pack_bytes(codes.flatten(), bits)
-
-    def unpack(self, packed: Tensor, bits: int, shape: tuple[int, int]) -> Tensor:
-        return unpack_bytes(packed, bits, shape[0] * shape[1]).view(shape)
-
-    def spec(self) -> dict[str, Any]:
-        return {"kind": "flat", "block": self.block}
+__all__ = ["Codes", "Flat", "Rows", "Tiles"]
 
 
 class Codes(Part):
@@ -97,9 +49,9 @@ class Codes(Part):
         self,
         shape: tuple[int, int],
         codes: Tensor,
-        codebook: Codebook,
-        index: Rows | Flat,
-        scale: Tensor | Part,
+        codebook: Codebook | Vectors,
+        index: IndexMap,
+        scale: Operand,
         zero: Tensor | None = None,
         offset: Tensor | None = None,
     ) -> None:
@@ -111,45 +63,62 @@ class Codes(Part):
     def of(
         cls,
         codes: Tensor,
-        codebook: Codebook,
-        index: Rows | Flat,
-        scale: Tensor | Part,
+        codebook: Codebook | Vectors,
+        index: IndexMap,
+        scale: Operand,
         zero: Tensor | None = None,
         offset: Tensor | None = None,
+        shape: tuple[int, int] | None = None,
     ) -> Codes:
         """From codes (out, in) and, if any, zero points (out, groups), both unsigned and not yet packed.
 
-        scale: `index.scale_shape` numbers, in the dtype in which they are to be stored; the codes must have been made with
-        these very numbers, not with the ones before the cast.
+        scale: `index.scale_shape` numbers, or one of shape (), in the dtype in which they are to be stored; the codes must
+        have been made with these very numbers, not with the ones before the cast.
+        shape: (out, in), to be given where the codebook is of vectors and the codes are fewer.
         """
-        shape = (codes.shape[0], codes.shape[1])
+        if isinstance(codebook, Vectors):
+            if shape is None or codebook.code_shape(shape) != tuple(codes.shape):
+                takes = "a shape (out, in)" if shape is None else f"{codebook.code_shape(shape)} codes"
+                raise ValueError(f"a codebook of vectors takes {takes}, got {shape} and {tuple(codes.shape)} codes")
+        else:
+            shape = (codes.shape[0], codes.shape[1])
         scales = (scale if isinstance(scale, Tensor) else scale.materialise()).numel()
-        wanted = index.scale_shape(shape)
-        if scales != torch.Size(wanted).numel() or (isinstance(scale, Tensor) and tuple(scale.shape) != wanted):
+        wanted, for_all = index.scale_shape(shape), isinstance(scale, Tensor) and scale.dim() == 0
+        fits = scales == torch.Size(wanted).numel() and (isinstance(scale, Part) or tuple(scale.shape) == wanted)
+        if not fits and not for_all:
             raise ValueError(f"codes of shape {shape} in {index.spec()} take scales of shape {wanted}, got {scales} of them")
         packed_zero = None
         if zero is not None:
-            if not isinstance(index, Rows) or tuple(zero.shape) != wanted:
+            if isinstance(index, Flat) or tuple(zero.shape) != wanted:
                 raise ValueError(f"zero points are for groups of rows and of shape {wanted}, got {tuple(zero.shape)}")
+            if codebook.bits == TERNARY_BITS or isinstance(codebook, Vectors) or tables_of(codebook) > 1:
+                raise ValueError(f"zero points do not go with the codebook {codebook.spec()}")
             # A clone, for a single column passes as contiguous with strides that safetensors cannot write.
-            packed_zero = pack_words(zero.T, codebook.bits).T.clone(memory_format=torch.contiguous_format)
+            packed_zero = pack_words(zero.T, int(codebook.bits)).T.clone(memory_format=torch.contiguous_format)
         return cls(shape, index.pack(codes, codebook.bits), codebook, index, scale, packed_zero, offset)
 
+    @property
+    def code_shape(self) -> tuple[int, int]:
+        return self.codebook.code_shape(self.shape) if isinstance(self.codebook, Vectors) else self.shape
+
     def unpacked(self) -> Tensor:
-        """The codes, uint8 (out, in)."""
-        return self.index.unpack(self.codes, self.codebook.bits, self.shape)
+        """The codes, (out, in) or, of vectors, `code_shape`; uint8, above 8 bits int32."""
+        return self.index.unpack(self.codes, self.codebook.bits, self.code_shape)
 
     def unpacked_zero(self) -> Tensor | None:
         """The zero points as codes, uint8 (out, groups)."""
-        return None if self.zero is None else unpack_words(self.zero.T, self.codebook.bits, self.shape[0]).T
+        if self.zero is None:
+            return None
+        return unpack_words(self.zero.T, int(self.codebook.bits), self.index.scale_shape(self.shape)[0]).T
 
     def scales(self) -> Tensor:
         """The scales as numbers, float32 (out, groups) or (blocks,)."""
         scale = self.scale if isinstance(self.scale, Tensor) else self.scale.materialise()
-        return scale.float().view(self.index.scale_shape(self.shape))
+        shape = self.index.scale_shape(self.shape)
+        return scale.float().expand(shape) if scale.dim() == 0 else scale.float().view(shape)
 
     def materialise(self) -> Tensor:
-        weight = self.codebook.lookup(self.unpacked())
+        weight = self.codebook.lookup(self.unpacked())[: self.shape[0], : self.shape[1]]
         zero = self.unpacked_zero()
         if zero is not None:
             weight = weight - self.index.spread(self.codebook.lookup(zero), self.shape)
@@ -159,14 +128,19 @@ class Codes(Part):
     @property
     def logical_bits(self) -> int:
         packed = self.codes.nbytes + (0 if self.zero is None else self.zero.nbytes)
-        numbers = self.shape[0] * self.shape[1] + (0 if self.zero is None else self.shape[0] * self.zero.shape[1])
-        return (self.nbytes - packed) * 8 + numbers * self.codebook.bits
+        numbers = torch.Size(self.code_shape).numel()
+        if self.zero is not None:
+            numbers += torch.Size(self.index.scale_shape(self.shape)).numel()
+        scale = 0 if isinstance(self.scale, Tensor) else self.scale.nbytes * 8 - self.scale.logical_bits
+        return (self.nbytes - packed) * 8 - scale + round(numbers * self.codebook.bits)
+
+    def nested(self) -> list[Part]:
+        return [self.scale] if isinstance(self.scale, Part) else []
 
     def tensors(self) -> dict[str, Tensor]:
-        scale = {"": self.scale} if isinstance(self.scale, Tensor) else self.scale.tensors()
-        tensors = {"codes": self.codes} | {f"scale.{name}".rstrip("."): t for name, t in scale.items()}
         g_idx = self.index.g_idx if isinstance(self.index, Rows) else None
         optional = {"zero": self.zero, "g_idx": g_idx, "offset": self.offset}
+        tensors = {"codes": self.codes} | operand_tensors("scale", self.scale)
         tensors |= {name: t for name, t in optional.items() if t is not None}
         return tensors | {f"codebook.{name}": t for name, t in self.codebook.tensors().items()}
 
@@ -176,18 +150,22 @@ class Codes(Part):
             "shape": list(self.shape),
             "codebook": self.codebook.spec(),
             "index": self.index.spec(),
-            "scale": None if isinstance(self.scale, Tensor) else self.scale.spec(),
+            "scale": operand_spec(self.scale),
         }
 
     @classmethod
     def from_tensors(cls, spec: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Codes:
-        index = spec["index"]
         return cls(
             (spec["shape"][0], spec["shape"][1]),
             tensors["codes"],
             read_codebook(spec["codebook"], within("codebook", tensors)),
-            Flat(index["block"]) if index["kind"] == "flat" else Rows(index["group"], tensors.get("g_idx")),
-            tensors["scale"] if spec["scale"] is None else read_part(spec["scale"], within("scale", tensors)),
+            read_index(spec["index"], tensors),
+            read_operand("scale", spec["scale"], tensors),
             tensors.get("zero"),
             tensors.get("offset"),
         )
+
+
+def tables_of(codebook: Codebook) -> int:
+    """How many tables the weight is divided among."""
+    return len(codebook.values) if isinstance(codebook, Table) and codebook.values.dim() == 2 else 1
