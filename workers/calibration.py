@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pare.methods.anatomy.describe import Anatomy, Block
+from pare.methods.anatomy.calls import block_inputs
+from pare.methods.anatomy.reads import one_expert_at_a_time, reading
+from pare.methods.anatomy.types import Anatomy, Block, Group
+from pare.methods.anatomy.views import weight_of
 from pare.methods.ops.statistics import Statistic
 
 BATCH_SIZE = 4
@@ -60,99 +62,49 @@ def stream(
         module = model.get_submodule(block.name).to(device)
 
         def outputs(module: nn.Module = module, index: int = index) -> Iterator[Tensor]:
-            for x in hidden:
-                yield module(x.to(device), **to_device(calls[len(x)][index], device)).cpu()
+            with one_expert_at_a_time(model):
+                for x in hidden:
+                    yield calls[len(x)][index].run(module, x.to(device), device).cpu()
 
-        watched, release = watch(model, block, needs, device)
-        try:
+        watch = Watch(model, block.groups, needs, device)
+        with reading(model, watch.readers, watch.note):
             for i, y in enumerate(outputs()):
                 if inputs == "dense":
                     hidden[i] = y
-        finally:
-            release()
-        values = {group: {s.name: s.finish() for s in statistics} for group, statistics in watched.items()}
-        yield Passing(block, module, values)
+        yield Passing(block, module, watch.values())
         if inputs == "compressed" and index + 1 < len(anatomy.blocks):
             for i, y in enumerate(outputs()):
                 hidden[i] = y
         module.to("cpu")
 
 
-def watch(
-    model: nn.Module, block: Block, needs: Sequence[type[Statistic]], device: torch.device
-) -> tuple[dict[str, list[Statistic]], Callable[[], None]]:
-    """Lets statistics see what each input group of the block reads, until the second result is called."""
-    watched: dict[str, list[Statistic]] = {}
-    hooks = []
-    for group in block.groups:
-        reader = model.get_submodule(group.linears[0])
-        statistics = watched[group.name] = [need() for need in needs]
-        for statistic in statistics:
-            statistic.start(reader.in_features, device)
+class Watch:
+    """Statistics over what the input groups of a block read: of each group, by the first of its weights."""
 
-        def add(module: nn.Module, args: tuple[Tensor, ...], statistics: list[Statistic] = statistics) -> None:
+    def __init__(
+        self, model: nn.Module, groups: Sequence[Group], needs: Sequence[type[Statistic]], device: torch.device
+    ) -> None:
+        self.readers = {group.weights[0]: group for group in groups}
+        self.statistics = {group.name: [need() for need in needs] for group in groups}
+        self.features = {group.name: weight_of(model, group.weights[0]).shape[1] for group in groups}
+        for name, statistics in self.statistics.items():
             for statistic in statistics:
-                statistic.add(args[0].flatten(0, -2))
+                statistic.start(self.features[name], device)
+        self.device = device
+        self.idle = set(self.statistics)
+        """Groups that have read nothing yet."""
 
-        hooks.append(reader.register_forward_pre_hook(add))
+    def note(self, weight: str, x: Tensor) -> None:
+        """x (..., in): what the weight is multiplied with."""
+        name = self.readers[weight].name
+        self.idle.discard(name)
+        for statistic in self.statistics[name]:
+            statistic.add(x.flatten(0, -2))
 
-    def release() -> None:
-        for hook in hooks:
-            hook.remove()
-
-    return watched, release
-
-
-class Recorded(Exception):
-    """Ends a forward pass when its last block has been reached."""
-
-
-def block_inputs(
-    model: nn.Module, anatomy: Anatomy, batches: Sequence[Tensor]
-) -> tuple[list[Tensor], dict[int, list[dict[str, Any]]]]:
-    """What the first block reads of each batch, and for each batch size the keyword arguments of every block.
-
-    The model runs with blocks that do nothing but note how they are called. Sequences have one length and no padding, so
-    masks and positions depend on nothing but the batch size.
-    """
-    blocks = [model.get_submodule(block.name) for block in anatomy.blocks]
-    hidden: list[Tensor] = []
-    calls: dict[int, list[dict[str, Any]]] = {}
-
-    def stand_in(index: int) -> Callable[..., Tensor]:
-        def note(x: Tensor, **arguments: Any) -> Tensor:
-            if index == 0:
-                hidden.append(x)
-            if len(noted) == index:
-                noted.append(arguments)
-            if index + 1 == len(blocks):
-                raise Recorded
-            return x
-
-        return note
-
-    for index, block in enumerate(blocks):
-        block.forward = stand_in(index)
-    try:
-        for batch in batches:
-            noted = calls.setdefault(len(batch), [])
-            try:
-                model(input_ids=batch, use_cache=False)
-            except Recorded:
-                continue
-            raise ValueError(f"{anatomy.blocks[-1].name} was not reached: the anatomy does not fit {type(model).__name__}")
-    finally:
-        for block in blocks:
-            del block.forward
-    return hidden, calls
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """Arguments of a block, with the tensors in them on `device`."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return {key: to_device(item, device) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(to_device(item, device) for item in value)
-    return value
+    def values(self) -> dict[str, dict[str, Tensor]]:
+        """Input group -> statistic -> its value. An expert that no token has reached counts as one that has read zeros: this
+        is how its statistics say that there is nothing to go by."""
+        for group in self.readers.values():
+            if group.name in self.idle and group.routed:
+                self.note(group.weights[0], torch.zeros(1, self.features[group.name], device=self.device))
+        return {name: {s.name: s.finish() for s in statistics} for name, statistics in self.statistics.items()}

@@ -2,9 +2,10 @@
 
 A model artifact is a directory in one of two forms:
 - *dense*: what `save_pretrained` writes (config.json, model.safetensors or shards, tokenizer). The imported base.
-- *formulas*: `tensors.json` (parameter name -> formula, and the fingerprint of the base it stands on) beside
-  `weights.safetensors` with the operands. A parameter that the table does not name is the base's, so a tie, an
-  embedding or a whole frozen model costs its bytes once. A file form of a method's own (`adapter/`) may stand beside.
+- *formulas*: `tensors.json` (name -> formula, and the fingerprint of the base it stands on) beside `weights.safetensors`
+  with the operands. A name is that of a parameter, or of a view of one (see `methods/anatomy/views.py`); the formula of a
+  vector (n,) has the shape (1, n). A parameter that the table does not name is the base's, so a tie, an embedding or a
+  whole frozen model costs its bytes once. A file form of a method's own (`adapter/`) may stand beside.
 """
 
 from __future__ import annotations
@@ -12,15 +13,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pare.methods.anatomy.views import parse, view, weight_of
 from pare.methods.parts.formula import Dense, Formula
 from pare.workers.loading import is_loading
+from pare.workers.quantised_inputs import quantise_inputs
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 FORMAT = 1
 TABLE, OPERANDS = "tensors.json", "weights.safetensors"
@@ -43,6 +49,10 @@ class ModelArtifact:
             self.base_fingerprint = content["base"]
             self.base = ModelArtifact(resolve(content["base"]), resolve)
             self._operands = safe_open(self.directory / OPERANDS, framework="pt")
+            self._views: dict[str, list[str]] = {}
+            for name in self.table:
+                if not parse(name).is_plain:
+                    self._views.setdefault(parse(name).parameter, []).append(name)
         else:
             self._where = dense_index(self.directory)
 
@@ -56,7 +66,7 @@ class ModelArtifact:
         return list(self.dense._where)
 
     def formula(self, name: str) -> Formula | None:
-        """This artifact's own entry for a parameter; None where the base's value stands."""
+        """This artifact's own entry for a name; None where the base's value stands."""
         if name not in self.table:
             return None
         spec = self.table[name]
@@ -65,32 +75,55 @@ class ModelArtifact:
         return Formula.from_tensors(spec, within_name(name, tensors))
 
     def compressed_names(self) -> list[str]:
-        """Names of the parameters that have a formula here or in an artifact beneath, in order."""
+        """Names that have a formula here or in an artifact beneath, in order: of parameters and of views."""
         return sorted({*self.table, *(self.base.compressed_names() if self.base else ())})
 
     def effective(self, name: str) -> Formula:
-        """The parameter as one formula in place of the dense value, with what artifacts beneath say worked in."""
+        """What a name stands for as one formula in place of the dense value, with what artifacts beneath say worked in."""
         formula = self.formula(name)
         if formula is not None and formula.op == "replace":
             return formula
-        beneath = self.base.effective(name) if self.base else Formula([Dense(self.stored(name))])
-        return Formula([*beneath.parts, *formula.parts]) if formula else beneath
+        beneath = self.base.effective(name) if self.base else Formula([Dense(torch.atleast_2d(self.stored(name)))])
+        return beneath.plus(formula) if formula else beneath
+
+    def has_quantised_input(self, name: str) -> bool:
+        """Whether the linear of that weight rounds what it reads."""
+        own = self.table.get(name)
+        if own is not None and own["op"] == "replace":
+            return "activation" in own
+        return self.base is not None and self.base.has_quantised_input(name)
 
     def stored(self, name: str) -> Tensor:
-        """The parameter as the dense base stores it, in its own dtype. Only for a parameter without a formula."""
+        """What a name stands for as the dense base stores it, in its own dtype."""
         if self.base:
             return self.base.stored(name)
-        with safe_open(self._where[name], framework="pt") as f:
-            return f.get_tensor(name)
+        said = parse(name)
+        with safe_open(self._where[said.parameter], framework="pt") as f:
+            if said.index is None:
+                return view(f.get_tensor(said.parameter), name)
+            matrix: Tensor = f.get_slice(said.parameter)[said.index]
+            return matrix.T if said.turned else matrix
 
     def materialise(self, name: str) -> Tensor:
-        """The parameter's dense value, float32, all formulas down to the base worked out."""
+        """The dense value of what a name stands for, float32, all formulas down to the base worked out. A parameter whose
+        views have formulas is put together from them."""
         formula = self.formula(name)
-        if formula is None:
-            return self.base.materialise(name) if self.base else self.stored(name).float()
-        if formula.op == "replace" or self.base is None:
-            return formula.materialise()
-        return self.base.materialise(name) + formula.materialise()
+        if formula is not None:
+            value = formula.materialise()
+            if len(value) == 1 and parse(name).is_plain:
+                value = value.view(self.stored(name).shape)
+            return value if formula.op == "replace" or self.base is None else self.base.materialise(name) + value
+        if self.base is None:
+            return self.stored(name).float()
+        parameter = parse(name).parameter
+        if parameter in self.table:
+            return view(self.materialise(parameter), name)
+        value = self.base.materialise(name)
+        if parse(name).is_plain and parameter in self._views:
+            value = value.clone()
+            for part in self._views[parameter]:
+                view(value, part).copy_(self.materialise(part))
+        return value
 
 
 def dense_index(directory: Path, stem: str = "model") -> dict[str, Path]:
@@ -112,7 +145,14 @@ def within_name(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @is_loading
 def write_formulas(directory: Path, base_fingerprint: str, formulas: Mapping[str, Formula]) -> None:
-    """Writes a *formulas* artifact: the table and the operands."""
+    """Writes a *formulas* artifact: the table and the operands.
+
+    Raises:
+        ValueError: a parameter has a formula, and so has a view of it.
+    """
+    twice = [name for name in formulas if not parse(name).is_plain and parse(name).parameter in formulas]
+    if twice:
+        raise ValueError(f"{twice[0]} has a formula, and so has the parameter that it is a view of: only one of them counts")
     table = {name: formula.spec() for name, formula in formulas.items()}
     operands: dict[str, Tensor] = {}
     written: set[int] = set()
@@ -137,12 +177,18 @@ def load_dense(directory: Path, dtype: torch.dtype, device: torch.device | str =
 
 def load_skeleton(directory: Path) -> nn.Module:
     """The Hugging Face model of a dense directory on the meta device: its modules and shapes, no weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    return skeleton_of(AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False))
+
+
+def skeleton_of(config: PretrainedConfig) -> nn.Module:
+    """The causal language model of a config on the meta device."""
+    from transformers import AutoModelForCausalLM
+
     with torch.device("meta"):
         skeleton: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return skeleton
+    return skeleton.eval()
 
 
 @is_loading
@@ -151,7 +197,10 @@ def load_in_memory(artifact: ModelArtifact, dtype: torch.dtype, device: torch.de
     model = load_dense(artifact.dense.directory, dtype, device)
     with torch.no_grad():
         for name in artifact.compressed_names():
-            model.get_parameter(name).copy_(artifact.materialise(name))
+            weight = weight_of(model, name)
+            weight.copy_(artifact.materialise(name))
+    rounding = [name for name in artifact.compressed_names() if artifact.has_quantised_input(name)]
+    quantise_inputs(model, ((name, artifact.effective(name)) for name in rounding))
     return model
 
 

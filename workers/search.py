@@ -15,10 +15,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pare.methods.anatomy.calls import block_inputs
 from pare.methods.anatomy.describe import Anatomy, describe, verify
+from pare.methods.anatomy.views import weight_of
 from pare.methods.contract import Level
 from pare.methods.ops.losses import PIECE
-from pare.workers.calibration import block_inputs
 from pare.workers.evaluation import Teacher, body_and_head
 from pare.workers.models import ModelArtifact, load_in_memory, load_skeleton
 from pare.workers.task import TaskContext, TaskError
@@ -81,7 +82,7 @@ class Evaluator:
             for index in range(first, len(word)):
                 self.put(index, choices[i])
                 block = self.model.get_submodule(self.anatomy.blocks[index].name)
-                states.append(block(states[index], **calls[1][index]))
+                states.append(calls[1][index].run(block, states[index]))
                 self.block_forwards += 1
             final[i], before = norm(states[-1])[0, : tokens - 1], word
             tick()
@@ -92,7 +93,7 @@ class Evaluator:
         for i, name in enumerate(self.linears):
             if self.block_of[i] == block and self.present[i] != choice[i]:
                 artifact = self.dense if choice[i] < 0 else self.levels[choice[i]]
-                self.model.get_parameter(name).copy_(artifact.materialise(name))
+                weight_of(self.model, name).copy_(artifact.materialise(name))
                 self.present[i] = choice[i]
 
     @property

@@ -50,7 +50,7 @@ def read_in_one_pass(model: nn.Module) -> dict[str, Tensor]:
     """Input group -> (tokens, in) of all that its linears read when the whole model runs."""
     read: dict[str, Tensor] = {}
     hooks = [
-        model.get_submodule(group.linears[-1]).register_forward_pre_hook(
+        model.get_submodule(group.weights[-1].removesuffix(".weight")).register_forward_pre_hook(
             lambda module, args, name=group.name: read.update({name: args[0].flatten(0, 1)})
         )
         for group in describe(model).groups

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pare.methods.anatomy.views import weight_of
 from pare.methods.contract import Context, Member, MergeMethod, load_all
 from pare.methods.parts.codes import Codes
 from pare.methods.parts.formula import Formula, LowRank, Part
@@ -187,11 +188,12 @@ class Evaluator:
         for name, formula in candidate:
             weight = formula.to(device).materialise()
             if formula.op == "add":
-                weight = self.base.materialise(name).to(device) + weight
-            self.model.get_parameter(name).copy_(weight)
+                weight = weight + self.base.materialise(name).to(device)
+            parameter = weight_of(self.model, name)
+            parameter.copy_(weight.view_as(parameter))
             self.changed.add(name)
         for name in sorted(left - self.changed):
-            self.model.get_parameter(name).copy_(self.base.materialise(name))
+            weight_of(self.model, name).copy_(self.base.materialise(name))
         try:
             predictions, _ = evaluation.predict(self.model, self.windows)
             # By way of the perplexity, as the members' scores come, so that equal models have equal scores.
