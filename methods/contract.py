@@ -34,6 +34,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pare.methods.anatomy.describe import Fold
 from pare.methods.ops.losses import next_token_loss_
 from pare.methods.ops.statistics import Statistic
 from pare.methods.parts.formula import Formula
@@ -84,6 +85,9 @@ class InputGroup:
     """Parameter name -> weight (out, in), float32, of the base model, before any stage. Only for a method that
     `reads_original`."""
 
+    fold: Fold | None = None
+    """What stands before the group and can take up factors on its input features."""
+
 
 class Method:
     """What all kinds share. The settings are the dataclass fields of the subclass."""
@@ -110,9 +114,19 @@ class LayerMethod(Method):
     kind: ClassVar[str] = "layer"
     reads_original: ClassVar[bool] = False
     """Whether it wants to see the base model's weights beside what an earlier stage has made of them."""
+    folds: ClassVar[bool] = False
+    """Whether it defines `fold`."""
     inputs: str = "dense"
     """Under calibration a block reads what the "dense" or the "compressed" blocks before it put out. A method with
     statistics may make this a setting."""
+
+    def fold(self, group: InputGroup, context: Context) -> Tensor | None:
+        """Factors s > 0 (in,) by which the weights' input features are to be multiplied; None leaves them alone.
+
+        What stands before the group is divided by s, so that the model stays what it was. Asked of every group of a block with
+        a `group.fold` before any of them is compressed; `compress` then sees weights and statistics with all factors in.
+        """
+        raise NotImplementedError(f"{type(self).__name__} folds, but does not define fold")
 
     def compress(self, group: InputGroup, context: Context) -> dict[str, Formula]:
         """New formula for each weight of the group.

@@ -27,6 +27,7 @@ from pare.orchestrator.plan import NoMembersError, Plan, Task, ranks_of
 from pare.orchestrator.pool import Pool, Reply, Room
 from pare.orchestrator.schedule import ranks
 from pare.workers.blobs import log_key
+from pare.workers.plugins import pack_plugins
 from pare.workers.run import Coordination, live_key
 from pare.workers.store import Store
 
@@ -374,6 +375,7 @@ class Engine:
             "ranks": ranks_of(task),
             "log": str(self.log(task).absolute()),
             "keep_log": self.leases is not None,  # others work on this store
+            "plugins": pack_plugins(),
         }
 
     def is_short(self, fingerprint: str) -> bool:

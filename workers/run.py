@@ -4,7 +4,7 @@ A request and a reply are plain JSON, so that any transport will do. A cost hold
 held as `slot_s` where it was more than one, or not all the time; else they are its wall time.
 
     request  {"fingerprint", "type", "label", "spec", "where", "inputs": {role: fingerprint}, "store", "device", "threads",
-              "log", "keep_log"?, "gpu_fraction"?, "ranks"?}
+              "log", "keep_log"?, "gpu_fraction"?, "ranks"?, "plugins"?}
     reply    {"ok": true, "fingerprint", "digest", "result", "cost", "published"}
              {"ok": false, "fingerprint", "failure", "message", "artifact"?, "cost"}
 
@@ -41,6 +41,7 @@ from typing import Any, ClassVar
 from pare.workers import loading
 from pare.workers.blobs import log_key
 from pare.workers.checkpoint import EVERY_S, Checkpoint
+from pare.workers.plugins import take_plugins
 from pare.workers.ranks import Ranks
 from pare.workers.store import ArtifactError, Store, open_store
 from pare.workers.task import TaskContext, TaskError
@@ -83,6 +84,7 @@ def attempt(requests: list[dict[str, Any]], clock: Clock) -> list[dict[str, Any]
     first = requests[0]
     store = store_of(first)
     with loading.loading():
+        take_plugins(first.get("plugins", ()))
         module = module_of(first["type"])
     with contextlib.ExitStack() as stack:
         outs = [stack.enter_context(store.attempt()) for _ in requests]
@@ -202,6 +204,7 @@ def run_probes(request: dict[str, Any]) -> dict[str, Any]:
     try:
         with output_of(request):
             try:
+                take_plugins(request.get("plugins", ()))
                 module = SEARCHES[request["fingerprint"]] = module_of(request["type"])
                 ctx = context(request, store_of(request), request["inputs"], Path(os.devnull))
                 scores = module.probe(ctx, request["probes"])

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pare.methods.contract import Context, InputGroup, LayerMethod, method
-from pare.methods.ops.second_order import square_root
+from pare.methods.ops.second_order import finite, square_root
 from pare.methods.ops.statistics import Gram
 from pare.methods.parts.formula import Formula, LowRank
 from pare.methods.settings import SettingsError, check
@@ -59,9 +59,7 @@ class EoRA(LayerMethod):
                 raise SettingsError(self.name, "rank", self.rank, allowed)
 
     def compress(self, group: InputGroup, context: Context) -> dict[str, Formula]:
-        gram = group.statistics["gram"]
-        if not gram.isfinite().all():
-            raise ValueError(f"eora: {group.name} met infinite or NaN inputs under calibration")
+        gram = finite(group.statistics["gram"], self.name, group.name)
         seen = bool(gram.diagonal().any())
         context.report("eora/fallbacks", float(not seen))
         if not seen:  # nothing can be said of the inputs

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pare.methods.contract import Context, InputGroup, LayerMethod, method
-from pare.methods.ops.second_order import square_root
+from pare.methods.ops.second_order import finite, square_root
 from pare.methods.ops.statistics import Gram
 from pare.methods.parts.formula import Formula, LowRank
 from pare.methods.settings import SettingsError, check
@@ -60,9 +60,7 @@ class Lord(LayerMethod):
         return int(self.ratio * out * width / (out + width)) // self.multiple_of * self.multiple_of
 
     def compress(self, group: InputGroup, context: Context) -> dict[str, Formula]:
-        gram = group.statistics["gram"]
-        if not gram.isfinite().all():
-            raise ValueError(f"lord: {group.name} met infinite or NaN inputs under calibration")
+        gram = finite(group.statistics["gram"], self.name, group.name)
         seen = bool(gram.diagonal().any())
         context.report("lord/fallbacks", float(not seen))
         if not seen:  # plain SVD of the weight

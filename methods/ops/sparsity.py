@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pare.methods.parts.formula import Formula
+from pare.methods.parts.masked import Kept, Masked, NofM
 from pare.methods.settings import SettingsError
 
 
@@ -49,3 +51,16 @@ def all_but_smallest(score: Tensor, dropped: int) -> Tensor:
     """score (..., n) -> bool (..., n): false for the `dropped` smallest along the last dimension, of equal ones the first."""
     order = score.argsort(dim=-1, stable=True)[..., :dropped]
     return torch.ones_like(score, dtype=torch.bool).scatter_(-1, order, False)
+
+
+def part_of(keep: Tensor, values: Tensor, pattern: Pattern | None) -> Kept:
+    """keep (out, in) bool, values (kept,) row by row -> the part that says so in the fewest bytes for the pattern."""
+    return Masked.of(keep, values) if pattern is None else NofM.of(keep, values, pattern.kept, pattern.of)
+
+
+def left_by(formula: Formula | None) -> Kept | None:
+    """What an earlier stage has left of a weight, where it has pruned and nothing was added since; None elsewhere."""
+    if formula is None or formula.op != "replace" or len(formula.parts) != 1 or formula.transforms:
+        return None
+    part = formula.parts[0]
+    return part if isinstance(part, Kept) else None

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from pare.methods.ops.precision import full_float32
 
+NARROWEST_BLOCK, MOST_BLOCKS = 192, 8
+"""Columns of a block of `Gram` at least, and blocks at most: narrower products take longer for each number."""
+
 
 class Statistic:
     """Something that is accumulated over the inputs of one input group while calibration data flows past.
@@ -30,9 +33,17 @@ class Statistic:
         """The statistic as one tensor."""
         raise NotImplementedError
 
+    @classmethod
+    def of_divided(cls, value: Tensor, s: Tensor) -> Tensor:
+        """What `finish` would have given for inputs x / s, s (n_features,). Only for methods that fold."""
+        raise NotImplementedError(f"{cls.__name__} does not say what it is of inputs that are divided feature by feature")
+
 
 class Gram(Statistic):
-    """H = (2 / N) * sum over the N tokens of x x^T, float32 (in, in) (Frantar et al., 2023, arXiv:2210.17323, section 3)."""
+    """H = (2 / N) * sum over the N tokens of x x^T, float32 (in, in) (Frantar et al., 2023, arXiv:2210.17323, section 3).
+
+    H is symmetric, so only the blocks on and above its diagonal are worked out: little more than half the products.
+    """
 
     name = "gram"
 
@@ -42,14 +53,21 @@ class Gram(Statistic):
 
     def add(self, x: Tensor) -> None:
         x = x.to(self.total.device, torch.float32)
+        step = max(NARROWEST_BLOCK, -(-x.shape[1] // MOST_BLOCKS))
         with full_float32():
-            self.total.addmm_(x.T, x)
+            for start in range(0, x.shape[1], step):
+                self.total[start : start + step, start:].addmm_(x[:, start : start + step].T, x[:, start:])
         self.tokens += len(x)
 
     def finish(self) -> Tensor:
         if not self.tokens:
             raise ValueError("a Gram matrix of no tokens: the linears of this group were never called")
-        return self.total * (2 / self.tokens)
+        upper = self.total.triu()
+        return (upper + upper.triu(1).T) * (2 / self.tokens)
+
+    @classmethod
+    def of_divided(cls, value: Tensor, s: Tensor) -> Tensor:
+        return value / s / s[:, None]
 
 
 class MeanSquare(Statistic):
@@ -69,3 +87,30 @@ class MeanSquare(Statistic):
         if not self.tokens:
             raise ValueError("a mean of no tokens: the linears of this group were never called")
         return self.total / self.tokens
+
+    @classmethod
+    def of_divided(cls, value: Tensor, s: Tensor) -> Tensor:
+        return value / s.square()
+
+
+class MeanMagnitude(Statistic):
+    """a_j = mean over the tokens of |x_j|, float32 (in,)."""
+
+    name = "mean_magnitude"
+
+    def start(self, n_features: int, device: torch.device) -> None:
+        self.total = torch.zeros(n_features, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        self.total += x.to(self.total.device, torch.float32).abs().sum(0)
+        self.tokens += len(x)
+
+    def finish(self) -> Tensor:
+        if not self.tokens:
+            raise ValueError("a mean of no tokens: the linears of this group were never called")
+        return self.total / self.tokens
+
+    @classmethod
+    def of_divided(cls, value: Tensor, s: Tensor) -> Tensor:
+        return value / s

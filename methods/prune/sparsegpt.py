@@ -23,11 +23,10 @@ from torch import Tensor
 
 from pare.methods.contract import Context, InputGroup, LayerMethod, method
 from pare.methods.ops.precision import full_float32
-from pare.methods.ops.second_order import inverse_factor
-from pare.methods.ops.sparsity import all_but_smallest, check_pattern, count, pattern_of
+from pare.methods.ops.second_order import finite, inverse_factor, without_dead
+from pare.methods.ops.sparsity import all_but_smallest, check_pattern, count, part_of, pattern_of
 from pare.methods.ops.statistics import Gram
 from pare.methods.parts.formula import Formula
-from pare.methods.parts.masked import Masked
 from pare.methods.settings import SettingsError, check
 
 
@@ -66,14 +65,10 @@ class SparseGpt(LayerMethod):
         check_pattern(self, self.pattern, self.sparsity, widths)
 
     def compress(self, group: InputGroup, context: Context) -> dict[str, Formula]:
-        gram = group.statistics["gram"]
-        if not gram.isfinite().all():
-            raise ValueError(f"sparsegpt: {group.name} met infinite or NaN inputs under calibration")
+        gram = finite(group.statistics["gram"], self.name, group.name)
         weight = torch.cat(list(group.weights.values()))  # (all rows, in)
         rows = [len(w) for w in group.weights.values()]
-        dead = gram.diagonal() == 0
-        weight[:, dead] = 0
-        gram = gram + torch.diag(dead.to(gram.dtype))
+        gram, weight = without_dead(gram, weight)
         with full_float32():
             factor, damping = inverse_factor(gram, self.damping)
             context.report("sparsegpt/fallbacks", float(factor is None))
@@ -84,8 +79,8 @@ class SparseGpt(LayerMethod):
                 context.report(f"sparsegpt/damping/{group.name}", damping)
             keep, values, error = self.solve(weight, rows, factor)
         context.report("sparsegpt/output_error", error)
-        pieces = zip(group.weights, keep.split(rows), values.split(rows), strict=True)
-        return {name: Formula([Masked.of(k, v[k].to(getattr(torch, self.value_dtype)))]) for name, k, v in pieces}
+        pieces, dtype = zip(group.weights, keep.split(rows), values.split(rows), strict=True), getattr(torch, self.value_dtype)
+        return {name: Formula([part_of(k, v[k].to(dtype), pattern_of(self.pattern))]) for name, k, v in pieces}
 
     def solve(self, weight: Tensor, rows: list[int], factor: Tensor) -> tuple[Tensor, Tensor, float]:
         """weight (out, in), the rows of each linear in it, U (in, in) -> which weights stay (out, in), their new values

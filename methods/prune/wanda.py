@@ -19,10 +19,10 @@ from torch import Tensor
 
 from pare.methods.contract import Context, LayerMethod, method
 from pare.methods.ops.precision import narrowest
-from pare.methods.ops.sparsity import all_but_smallest, check_pattern, count, pattern_of
+from pare.methods.ops.second_order import finite
+from pare.methods.ops.sparsity import all_but_smallest, check_pattern, count, part_of, pattern_of
 from pare.methods.ops.statistics import MeanSquare
 from pare.methods.parts.formula import Formula
-from pare.methods.parts.masked import Masked
 from pare.methods.settings import check
 
 
@@ -53,15 +53,13 @@ class Wanda(LayerMethod):
         check_pattern(self, self.pattern, self.sparsity, widths)
 
     def compress_weight(self, name: str, weight: Tensor, statistics: Mapping[str, Tensor], context: Context) -> Formula:
-        squares = statistics["mean_square"]
-        if not squares.isfinite().all():
-            raise ValueError(f"wanda: the inputs of {name} were infinite or NaN under calibration")
+        squares = finite(statistics["mean_square"], self.name, name)
         silent = not squares.any()
         context.report("wanda/fallbacks", float(silent))
         if silent:
             context.report(f"wanda/fallback/{name}", 1.0)
         keep = self.keep(weight.abs() if silent else weight.abs() * squares.sqrt())
-        return Formula([Masked.of(keep, narrowest(weight[keep]))])
+        return Formula([part_of(keep, narrowest(weight[keep]), pattern_of(self.pattern))])
 
     def keep(self, score: Tensor) -> Tensor:
         """score (out, in) >= 0 -> which weights stay, bool (out, in). Of equal scores those further left go first."""

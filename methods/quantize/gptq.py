@@ -4,7 +4,8 @@
     for column i:  w'_i = round(w_i);  e_i = (w_i - w'_i) / U_ii;  W_{:, i+1:} -= e_i U_{i, i+1:}     (eq. 2 and 3)
     with U upper triangular and U^T U = (H + damping * mean(diag H) * I)^-1                           (section 3, step 3)
 
-All linears that read one tensor share H, so they are stacked and solved at once.
+All linears that read one tensor share H, so they are stacked and solved at once. Weights that an earlier stage has pruned stay
+zero: what they would have become is an error like any other, made up for in the columns to come.
 
 Source: Frantar, Ashkboos, Hoefler, Alistarh (2023), "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", arXiv:2210.17323, algorithm 1. Differs from the paper's code: the grid of a group is always fitted to weights
@@ -24,7 +25,8 @@ from torch import Tensor
 from pare.methods.contract import Context, InputGroup, LayerMethod, check, method
 from pare.methods.ops.grids import IntegerGrid
 from pare.methods.ops.precision import full_float32
-from pare.methods.ops.second_order import inverse_factor
+from pare.methods.ops.second_order import finite, inverse_factor, without_dead
+from pare.methods.ops.sparsity import left_by
 from pare.methods.ops.statistics import Gram
 from pare.methods.parts.formula import Formula
 
@@ -60,13 +62,14 @@ class Gptq(IntegerGrid, LayerMethod):
         check(self, "inputs", one_of=("dense", "compressed"))
 
     def compress(self, group: InputGroup, context: Context) -> dict[str, Formula]:
-        gram = group.statistics["gram"]
-        if not gram.isfinite().all():
-            raise ValueError(f"gptq: the Gram matrix of {group.name} is not finite: calibration met infinite or NaN inputs")
+        gram = finite(group.statistics["gram"], self.name, group.name)
         weight = torch.cat(list(group.weights.values()))  # (all rows, in)
-        dead = gram.diagonal() == 0
-        weight[:, dead] = 0
-        gram = gram + torch.diag(dead.to(gram.dtype))
+        gram, weight = without_dead(gram, weight)
+        left = {name: left_by(group.formulas.get(name)) for name in group.weights}
+        keep = None
+        if any(left.values()):
+            everything = {name: torch.ones_like(w, dtype=torch.bool) for name, w in group.weights.items()}
+            keep = torch.cat([part.keep() if part else everything[name] for name, part in left.items()])
 
         order = torch.arange(len(gram), device=gram.device)
         if self.act_order != "none":
@@ -76,10 +79,10 @@ class Gptq(IntegerGrid, LayerMethod):
             context.report("gptq/fallbacks", float(factor is None))
             if factor is None:
                 context.report(f"gptq/fallback/{group.name}", 1.0)
-                return {name: Formula([self.round_to_nearest(w)]) for name, w in group.weights.items()}
+                return {name: Formula([self.round_to_nearest(w, left[name])]) for name, w in group.weights.items()}
             if damping != self.damping:
                 context.report(f"gptq/damping/{group.name}", damping)
-            codes, scale, zero, error = self.solve(weight, order, factor)
+            codes, scale, zero, error = self.solve(weight, order, factor, keep)
         context.report("gptq/output_error", error)
 
         g_idx = None
@@ -87,16 +90,20 @@ class Gptq(IntegerGrid, LayerMethod):
             g_idx = (order.argsort() // self.group_size).int()
         rows = [len(w) for w in group.weights.values()]
         pieces = zip(group.weights, codes.split(rows), scale.split(rows), zero.split(rows), strict=True)
-        return {name: Formula([self.codes(q, s, z, g_idx)]) for name, q, s, z in pieces}
+        return {name: Formula([self.codes(q, s, z, g_idx, left[name])]) for name, q, s, z in pieces}
 
-    def solve(self, weight: Tensor, order: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
-        """weight (out, in), the order (in,) in which its columns are rounded, U (in, in) in that order ->
+    def solve(
+        self, weight: Tensor, order: Tensor, factor: Tensor, keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, float]:
+        """weight (out, in), the order (in,) in which its columns are rounded, U (in, in) in that order, which weights are not
+        to be zero (out, in; None: any) ->
 
         codes (out, in), columns as they stand; scale (out, groups) as stored; zero (out, groups); tr((W - W') H (W - W')^T).
         """
         n, g = weight.shape[1], self.width_of_group(weight.shape[1])
         static = self.act_order == "static"
         w = weight.T[order]  # (in, out): what is one column of the weight lies together
+        stays = None if keep is None else keep.T[order]
         codes, errors, loss = torch.empty_like(w), torch.empty_like(w[: self.block_size]), w.new_zeros(())
         scale, zero = (w.new_empty(ceil(n / g), w.shape[1]) for _ in range(2))
         if static:
@@ -109,10 +116,15 @@ class Gptq(IntegerGrid, LayerMethod):
         edges = sorted({n, *range(0, n, self.block_size), *(() if static else range(0, n, g))})
         for start, stop in pairwise(edges):
             if not static and start % g == 0:
-                scale[start // g], zero[start // g] = self.fit(w[start : start + g].T)
+                columns = w[start : start + g]
+                scale[start // g], zero[start // g] = self.fit(
+                    (columns if stays is None else columns * stays[start : start + g]).T
+                )
             for i in range(start, stop):
                 s, z, q, e = scale[group_of[i]], zero[group_of[i]], codes[i], errors[i - start]
                 torch.div(w[i], s, out=q).round_().add_(z).clamp_(self.bottom, self.top)
+                if stays is not None:
+                    torch.where(stays[i], q, z, out=q)
                 torch.sub(q, z, out=e).mul_(s)
                 torch.sub(w[i], e, out=e).div_(diagonal[i])
                 w[i + 1 : stop].addr_(factor[i, i + 1 : stop], e, alpha=-1)

@@ -86,7 +86,7 @@ def test_it_says_where_it_comes_from_and_what_it_is(name: str) -> None:
     cls = METHODS[name]
     assert cls.name == name
     assert any(character.isdigit() for character in cls.source), "no year, number or equation in its source"
-    assert cls.kind in ("layer", "train", "merge", "allocate")
+    assert cls.kind in ("layer", "train", "merge", "allocate", "import")
     assert family(cls)
     assert all(need.name for need in cls.needs)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pare.methods.contract import Context, InputGroup
-from pare.methods.parts.masked import Masked
+from pare.methods.parts.masked import Kept
 from pare.methods.prune.sparsegpt import SparseGpt
 from pare.methods.settings import SettingsError
 
@@ -29,11 +29,11 @@ def gram_of(x: Tensor) -> Tensor:
     return 2 * x.T @ x / len(x)
 
 
-def pruned(method: SparseGpt, gram: Tensor, *weights: Tensor, report: Any = lambda name, value: None) -> list[Masked]:
+def pruned(method: SparseGpt, gram: Tensor, *weights: Tensor, report: Any = lambda name, value: None) -> list[Kept]:
     group = InputGroup("group", {f"w{i}": w for i, w in enumerate(weights)}, statistics={"gram": gram})
     formulas = method.compress(group, Context(CPU, report=report))
     parts = [formula.parts[0] for formula in formulas.values()]
-    assert all(isinstance(part, Masked) for part in parts)
+    assert all(isinstance(part, Kept) for part in parts)
     return parts  # type: ignore[return-value]
 
 

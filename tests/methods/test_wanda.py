@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pare.methods.contract import Context, InputGroup
 from pare.methods.ops.statistics import Gram, MeanSquare, Statistic
-from pare.methods.parts.masked import Masked
+from pare.methods.parts.masked import Kept
 from pare.methods.prune.wanda import Wanda
 from pare.methods.settings import SettingsError
 
@@ -31,11 +31,11 @@ def value_of(statistic: Statistic, *batches: Tensor) -> Tensor:
     return statistic.finish()
 
 
-def pruned(method: Wanda, weight: Tensor, *batches: Tensor, report: Any = lambda name, value: None) -> Masked:
+def pruned(method: Wanda, weight: Tensor, *batches: Tensor, report: Any = lambda name, value: None) -> Kept:
     group = InputGroup("group", {"w": weight}, statistics={"mean_square": value_of(MeanSquare(), *batches)})
     (formula,) = method.compress(group, Context(CPU, report=report)).values()
     (part,) = formula.parts
-    assert isinstance(part, Masked)
+    assert isinstance(part, Kept)
     return part
 
 
@@ -133,7 +133,7 @@ def test_inputs_that_were_never_anything_but_zero_fall_back_to_magnitude_and_it_
 
     assert torch.equal(keep, pruned(Wanda(), weight, torch.ones(5, 8)).keep())
     assert said == {"wanda/fallbacks": 1.0, "wanda/fallback/w": 1.0}
-    with pytest.raises(ValueError, match="inputs of w were infinite or NaN"):
+    with pytest.raises(ValueError, match="wanda: w met infinite or NaN inputs"):
         pruned(Wanda(), weight, torch.full((5, 8), float("nan")))
 
 

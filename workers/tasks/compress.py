@@ -1,4 +1,5 @@
-"""Compresses the linears of a model's blocks with a method of kind layer; everything else stays the base's.
+"""Compresses the linears of a model's blocks with a method of kind layer; everything else stays the base's, save what stands
+before linears and takes up factors on their input features.
 
 inputs: `model` (a model artifact of either form), and for a method that needs statistics either `statistics` (from a
 `calibrate` task) or, where each block is to see its compressed predecessors, `tokens`.
@@ -10,7 +11,7 @@ A checkpoint holds the formulas of the finished blocks, the notes and, for the l
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -19,9 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pare.methods.anatomy.describe import Block, describe, verify
+from pare.methods.anatomy.describe import Block, Group, describe, verify
+from pare.methods.anatomy.views import weight_of
 from pare.methods.contract import Context, InputGroup, LayerMethod, load_all
-from pare.methods.parts.formula import Formula
+from pare.methods.parts.formula import Dense, Formula
 from pare.workers.calibration import stream
 from pare.workers.checkpoint import block_piece, resume_blocks
 from pare.workers.models import ModelArtifact, load_in_memory, load_skeleton, write_formulas
@@ -57,13 +59,13 @@ def run(ctx: TaskContext) -> dict[str, Any]:
 
     context = Context(ctx.device, ctx.spec.get("seed", 0), report)
     if method.needs and "tokens" in ctx.inputs:
-        compress_streaming(ctx, artifact, method, context, made, state.get("hidden"), reached)
+        linears = compress_streaming(ctx, artifact, method, context, made, state.get("hidden"), reached)
     else:
-        compress_blocks(ctx, artifact, method, context, made, reached)
+        linears = compress_blocks(ctx, artifact, method, context, made, reached)
     formulas = {name: formula for of_block in made for name, formula in of_block.items()}
     write_formulas(ctx.out, ctx.fingerprint_of["model"], formulas)
-    weights = sum(formula.shape[0] * formula.shape[1] for formula in formulas.values())
-    whole = [in_place(artifact, name, formula) for name, formula in formulas.items()]
+    weights = sum(formulas[name].shape[0] * formulas[name].shape[1] for name in linears)
+    whole = [in_place(artifact, name, formulas[name]) for name in linears]
     return {
         "size/linear_bits_per_weight": sum(formula.logical_bits for formula in whole) / weights,
         "size/linear_bytes": sum(formula.nbytes for formula in whole),
@@ -73,8 +75,11 @@ def run(ctx: TaskContext) -> dict[str, Any]:
 
 def compress_blocks(
     ctx: TaskContext, artifact: ModelArtifact, method: LayerMethod, context: Context, made: Made, reached: Reached
-) -> None:
-    """Every block not yet `made` by itself, with the statistics of the `statistics` input, if the method needs any."""
+) -> list[str]:
+    """Every block not yet `made` by itself, with the statistics of the `statistics` input, if the method needs any.
+
+    Returns the names of all linears.
+    """
     anatomy = describe(load_skeleton(artifact.dense.directory))
     method.check_shapes(anatomy.widths)
     for index, block in enumerate(anatomy.blocks[len(made) :], len(made)):
@@ -88,6 +93,7 @@ def compress_blocks(
         formulas = compress_block(artifact, block, statistics, method, context)
         made.append({name: formula.to("cpu") for name, formula in formulas.items()})
         ctx.progress(index + 1, len(anatomy.blocks), "blocks")
+    return list(anatomy.widths)
 
 
 def compress_streaming(
@@ -98,10 +104,10 @@ def compress_streaming(
     made: Made,
     hidden: list[Tensor] | None,
     reached: Reached,
-) -> None:
+) -> list[str]:
     """The blocks not yet `made`, one after another, each calibrated on what its compressed predecessors put out.
 
-    hidden: what the first of these blocks reads, if blocks have been made.
+    hidden: what the first of these blocks reads, if blocks have been made. Returns the names of all linears.
     """
     model = load_in_memory(artifact, getattr(torch, ctx.spec["dtype"]))
     tokens = load_file(ctx.inputs["tokens"] / "tokens.safetensors")["input_ids"]
@@ -115,27 +121,76 @@ def compress_streaming(
         formulas = compress_block(artifact, passing.block, passing.statistics, method, context)
         with torch.no_grad():
             for name, formula in formulas.items():
-                model.get_parameter(name).copy_(in_place(artifact, name, formula).materialise())
+                weight = weight_of(model, name)
+                weight.copy_(in_place(artifact, name, formula).materialise().view_as(weight))
         made.append({name: formula.to("cpu") for name, formula in formulas.items()})
         ctx.progress(len(made), len(anatomy.blocks), "blocks")
+    return list(anatomy.widths)
 
 
 def compress_block(
     artifact: ModelArtifact, block: Block, statistics: Statistics, method: LayerMethod, context: Context
 ) -> dict[str, Formula]:
-    """Parameter name -> new formula, on the device, for the linears of one block."""
+    """Parameter name -> new formula, on the device, for the linears of one block and what factors were folded into."""
+    groups: Iterable[InputGroup] = (
+        open_group(artifact, group, statistics[group.name], method, context) for group in block.groups
+    )
     formulas: dict[str, Formula] = {}
-    for group in block.groups:
-        present = {name: formula.to(context.device) for name in group.weights if (formula := artifact.formula(name))}
-        weights = {name: artifact.materialise(name).to(context.device) for name in group.weights}
-        original = {}
-        if method.reads_original:
-            original = {name: artifact.dense.stored(name).float().to(context.device) for name in group.weights}
-        made = method.compress(InputGroup(group.name, weights, present, statistics[group.name], original), context)
-        got, wanted = {n: f.shape for n, f in made.items()}, {n: tuple(w.shape) for n, w in weights.items()}
+    if method.folds:
+        groups = opened = list(groups)
+        formulas |= fold_block(artifact, opened, method, context)
+    for group in groups:
+        made = method.compress(group, context)
+        got, wanted = {n: f.shape for n, f in made.items()}, {n: tuple(w.shape) for n, w in group.weights.items()}
         if got != wanted:
             raise TaskError(f"{method.name} made formulas of shapes {got} for weights of shapes {wanted}")
         formulas |= made
+    return formulas
+
+
+def open_group(
+    artifact: ModelArtifact, group: Group, statistics: dict[str, Tensor], method: LayerMethod, context: Context
+) -> InputGroup:
+    present = {name: formula.to(context.device) for name in group.weights if (formula := artifact.formula(name))}
+    weights = {name: artifact.materialise(name).to(context.device) for name in group.weights}
+    original = {}
+    if method.reads_original:
+        original = {name: artifact.dense.stored(name).float().to(context.device) for name in group.weights}
+    return InputGroup(group.name, weights, present, statistics, original, group.fold)
+
+
+def fold_block(artifact: ModelArtifact, groups: list[InputGroup], method: LayerMethod, context: Context) -> dict[str, Formula]:
+    """Asks the method for factors, group by group, and works them into weights, statistics and what stands before.
+
+    Returns the formulas of what is no linear of the block: norms, and biases. They are rounded to the dtype in which the base
+    stores them, and what that changes in a norm goes into the weights behind it.
+    """
+    owner = {name: group for group in groups for name in group.weights}
+    formulas: dict[str, Formula] = {}
+    for group in groups:
+        s = method.fold(group, context) if group.fold else None
+        if group.fold is None or s is None:
+            continue
+        s = group.fold.shared(s)
+        before = {}
+        for name in group.fold.parameters:
+            if name in owner:
+                before[name] = owner[name].weights[name]
+            else:
+                known = formulas[name].materialise() if name in formulas else artifact.materialise(name)
+                before[name] = known.flatten().to(context.device)
+        for name, value in group.fold.divided(before, s).items():
+            if name in owner:
+                owner[name].weights = owner[name].weights | {name: value}
+                continue
+            stored = value.to(artifact.dense.stored(name).dtype)
+            formulas[name] = Formula([Dense(stored[None])])
+            if group.fold.kind != "linear" and name == group.fold.parameters[0]:
+                one = 1.0 if group.fold.kind == "norm_plus_one" else 0.0
+                s = ((before[name] + one) / (stored.float() + one)).where(stored != -one, s)
+        group.weights = {name: weight * s for name, weight in group.weights.items()}
+        group.original = {name: weight * s for name, weight in group.original.items()}
+        group.statistics = {need.name: need.of_divided(group.statistics[need.name], s) for need in method.needs}
     return formulas
 
 
