@@ -151,7 +151,7 @@ def inexpressible(codes: Callable[..., Codes]) -> dict[str, tuple[Callable[[str,
 
     def corrected(name: str, weight: Tensor) -> Formula:
         a, b = torch.ones(2, weight.shape[1], dtype=torch.bfloat16), torch.ones(weight.shape[0], 2, dtype=torch.bfloat16)
-        return Formula([codes(weight, 4, 32), LowRank(a, b, 0.01)])
+        return Formula([codes(weight, 4, 32), LowRank(a, b, 0.01), LowRank(a, b, 0.02)])
 
     def some_asymmetric(name: str, weight: Tensor) -> Codes:
         return codes(weight, 4, 32, symmetric=name.endswith("k_proj"))
@@ -162,12 +162,12 @@ def inexpressible(codes: Callable[..., Codes]) -> dict[str, tuple[Callable[[str,
         "permuted": (permuted, "not consecutive columns"),
         "offset": (lambda name, weight: codes_of(weight, offset=torch.tensor(0.01)), "has an offset"),
         "unsigned": (lambda name, weight: codes_of(weight, codebook=Integer(4, signed=False)), "without a zero point"),
-        "low rank": (corrected, r"sum of parts \(codes, low_rank\)"),
-        "some zero points": (some_asymmetric, "zero points can be opened only where"),
+        "low rank twice": (corrected, r"sum of parts \(codes, low_rank, low_rank\)"),
+        "some zero points": (some_asymmetric, "zero points of less than 8 bits can be opened only where"),
     }
 
 
-@pytest.mark.parametrize("case", ["nf4", "short group", "permuted", "offset", "unsigned", "low rank", "some zero points"])
+@pytest.mark.parametrize("case", ["nf4", "short group", "permuted", "offset", "unsigned", "low rank twice", "some zero points"])
 def test_what_compressed_tensors_cannot_say_is_kept_in_pares_own_form_and_the_reason_given(
     workshop: Any, codes: Callable[..., Any], case: str
 ) -> None:

@@ -20,6 +20,7 @@ from pare.methods.finetune.lora import Lora
 from pare.methods.finetune.qlora import Qlora
 from pare.methods.ops.bnb4bit import QUANT_TYPES
 from pare.workers.export.adapter import export_adapter, open_adapter, relocate
+from pare.workers.export.schemes import Inexpressible
 from pare.workers.models import ModelArtifact, load_dense, load_in_memory, write_formulas
 from pare.workers.tiny import TinySettings, tiny_config, tiny_tokenizer
 
@@ -68,7 +69,7 @@ def make(base: Path, tmp_path: Path) -> Callable[..., Made]:
         formulas = method.finish(model, directory)
         write_formulas(directory, "beneath" if beneath else BASE, formulas)
         artifact = ModelArtifact(directory, places.__getitem__)
-        return Made(artifact, out, export_adapter(artifact, out)[0])
+        return Made(artifact, out, export_adapter(artifact, out).libraries)
 
     return made
 
@@ -241,7 +242,7 @@ def test_an_adapter_on_a_compressed_model_ships_that_model_written_out(
 
 
 def test_a_dense_model_is_no_adapter(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="is a dense model, not an adapter"):
+    with pytest.raises(Inexpressible, match="no weight has a low-rank term"):
         export_adapter(ModelArtifact(base, Path), tmp_path)
 
 

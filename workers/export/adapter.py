@@ -1,10 +1,12 @@
-"""Export of an adapter together with the base it was trained on, in one directory that needs nothing else.
+"""Export of an adapter together with the base that it belongs to, in one directory that needs nothing else.
 
     adapter_config.json, adapter_model.safetensors     as PEFT writes them
     tokenizer, chat template, generation config        the base's
-    base/                                              the base as it ships: dense, or 4-bit codes of bitsandbytes
+    base/                                              the base as it ships
 
-The 4-bit base is written from the artifact's codes, which only get other names; no weight is quantised a second time.
+The adapter was trained, or it is the low-rank term that a method has put beside codes (EoRA). The base is dense, 4-bit codes of
+bitsandbytes where the adapter was trained on them, or codes of compressed-tensors. Codes only get other names: no weight is
+quantised a second time.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,40 +27,139 @@ from torch import Tensor, nn
 from pare.methods.ops.adapters import BASE_PATH, peft_targets, write_adapter_config
 from pare.methods.ops.bnb4bit import checkpoint_config, checkpoint_tensors, settle
 from pare.methods.parts.codes import Codes
-from pare.methods.parts.formula import LowRank
-from pare.workers.export.compressed_tensors import linear_names
+from pare.methods.parts.formula import Formula, LowRank
+from pare.workers.export.compressed_tensors import describe_schemes, export_compressed_tensors, linear_names, schemes
 from pare.workers.export.dense import export_dense
 from pare.workers.export.files import copy_companions, write_weights
-from pare.workers.models import ModelArtifact
+from pare.workers.export.schemes import Inexpressible
+from pare.workers.export.stock import OPENED, SUFFIX, open_stock, work_out
+from pare.workers.models import ModelArtifact, load_skeleton
 
-HOW_TO_OPEN = f"""from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+WRAP = """
+model.hf_quantizer.compressor.decompress_model(model)  # peft wraps linears that hold plain weights"""
+PEFT = """
+from peft import PeftModel
 
-base = AutoModelForCausalLM.from_pretrained(DIRECTORY + "/{BASE_PATH}")
-model = PeftModel.from_pretrained(base, DIRECTORY)
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)"""
+model = PeftModel.from_pretrained(model, {directory})"""
 
 
-def export_adapter(artifact: ModelArtifact, out: Path) -> tuple[str, str]:
-    """Writes the export to `out`; returns (the libraries that open it, the lines of Python that do)."""
-    if artifact.base is None:
-        raise ValueError(f"{artifact.directory} is a dense model, not an adapter")
-    base, libraries = out / BASE_PATH, "transformers + peft"
+@dataclass(frozen=True)
+class Written:
+    """What stands in the directory, for `export.json` and the model card."""
+
+    libraries: str
+    """What opens it."""
+    how: str
+    """How the base is opened: a key of `stock.OPENED`."""
+    is_compressed: bool = False
+    """Whether the base is a checkpoint of compressed-tensors."""
+
+    @property
+    def opening(self) -> str:
+        """The lines of Python that open it; `{directory}` stands for where it lies."""
+        wrap = WRAP if self.is_compressed and self.how != "dequantize" else ""
+        return OPENED[self.how].format(directory=f'{{directory}} + "/{BASE_PATH}"') + wrap + PEFT
+
+
+def holds_adapter(artifact: ModelArtifact) -> bool:
+    return (artifact.directory / "adapter").is_dir()
+
+
+def export_adapter(artifact: ModelArtifact, out: Path) -> Written:
+    """Writes adapter and base to `out`.
+
+    Raises:
+        Inexpressible: the artifact has no adapter, and none can be made of its low-rank terms.
+    """
+    base = out / BASE_PATH
     base.mkdir()
-    if any(formula["op"] == "replace" for formula in artifact.table.values()):
-        write_4bit_base(artifact, base)
-        libraries += " + bitsandbytes"
-    elif artifact.base.compressed_names():
-        export_dense(artifact.base, base)  # peft cannot wrap a linear of compressed-tensors before it has run once
-    else:
-        for pattern in ("config.json", "*.safetensors", "*.safetensors.index.json"):
-            for file in artifact.base.directory.glob(pattern):
-                link_or_copy(file, base / file.name)
-        copy_companions(artifact.base.directory, base)
+    copy_companions(artifact.dense.directory, out)
+    if not holds_adapter(artifact):
+        return export_terms(artifact, out)
     for file in (artifact.directory / "adapter").iterdir():
         link_or_copy(file, out / file.name)
-    copy_companions(artifact.dense.directory, out)
-    return libraries, HOW_TO_OPEN
+    if any(formula["op"] == "replace" for formula in artifact.table.values()):
+        write_4bit_base(artifact, base)
+        return Written("transformers + peft + bitsandbytes", "plain")
+    if artifact.base is None:
+        raise ValueError(f"{artifact.directory} is a dense model, not an adapter")
+    if artifact.base.compressed_names():
+        return export_compressed_base(artifact.base, base)
+    for pattern in ("config.json", "*.safetensors", "*.safetensors.index.json"):
+        for file in artifact.base.directory.glob(pattern):
+            link_or_copy(file, base / file.name)
+    copy_companions(artifact.base.directory, base)
+    return Written("transformers + peft", "plain")
+
+
+def export_compressed_base(base: ModelArtifact, out: Path) -> Written:
+    """The base of an adapter as codes; written out where compressed-tensors has no words for them."""
+    try:
+        found = schemes(base)
+    except Inexpressible:
+        export_dense(base, out)
+        return Written("transformers + peft", "plain")
+    how = export_compressed_tensors(base, out, found)
+    return Written("transformers + peft + compressed-tensors" + SUFFIX[how], how, is_compressed=True)
+
+
+class WithoutTerms(ModelArtifact):
+    """An artifact less its low-rank terms: the base that these are an adapter of."""
+
+    def __init__(self, artifact: ModelArtifact) -> None:
+        self.__dict__.update(vars(artifact))
+
+    def effective(self, name: str) -> Formula:
+        formula = super().effective(name)
+        rest = [part for part in formula.parts if not isinstance(part, LowRank)]
+        return replace(formula, parts=rest) if rest else formula
+
+    def materialise(self, name: str) -> Tensor:
+        return self.effective(name).materialise()
+
+
+def terms_of(artifact: ModelArtifact) -> dict[str, LowRank]:
+    """Parameter name -> the low-rank term beside what else it is made of.
+
+    Raises:
+        Inexpressible: there is none, or one that an adapter cannot be.
+    """
+    linears = set(linear_names(artifact.dense.directory))
+    found: dict[str, LowRank] = {}
+    for name in artifact.compressed_names():
+        parts = artifact.effective(name).parts
+        terms = [part for part in parts if isinstance(part, LowRank)]
+        if len(terms) > 1 or len(terms) == len(parts):
+            kinds = ", ".join(part.kind for part in parts)
+            raise Inexpressible(f"{name} is made of {kinds}; an adapter is one low-rank term beside something else")
+        if any(term.reads == "q" for term in terms) and artifact.has_quantised_input(name):
+            raise Inexpressible(f"{name} has a low-rank term behind a quantised input; an adapter reads the input itself")
+        if terms and name.removesuffix(".weight") not in linears:
+            raise Inexpressible(f"{name} is not the weight of a linear layer, which an adapter stands beside")
+        if terms:
+            found[name] = terms[0]
+    if not found:
+        raise Inexpressible("no weight has a low-rank term that could be an adapter")
+    return found
+
+
+def describe_terms(artifact: ModelArtifact) -> str:
+    """Why the low-rank terms are an adapter.
+
+    Raises:
+        Inexpressible: they cannot be, or what they stand beside cannot be said by compressed-tensors.
+    """
+    terms, found = terms_of(artifact), schemes(WithoutTerms(artifact))
+    return f"the low-rank terms of {len(terms)} weights are an adapter, beside a base of which {describe_schemes(found)}"
+
+
+def export_terms(artifact: ModelArtifact, out: Path) -> Written:
+    """Low-rank terms as an adapter, on what they stand beside."""
+    terms, base = terms_of(artifact), WithoutTerms(artifact)
+    found = schemes(base)
+    write_adapter(terms, load_skeleton(artifact.dense.directory), out)
+    how = export_compressed_tensors(base, out / BASE_PATH, found)
+    return Written("transformers + peft + compressed-tensors" + SUFFIX[how], how, is_compressed=True)
 
 
 def write_adapter(updates: Mapping[str, LowRank], model: nn.Module, directory: Path) -> None:
@@ -80,7 +182,7 @@ def write_adapter(updates: Mapping[str, LowRank], model: nn.Module, directory: P
         task_type="CAUSAL_LM",
         inference_mode=True,
     )
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     config.save_pretrained(directory)
     write_adapter_config(directory, BASE_PATH)
     tensors = {
@@ -141,15 +243,15 @@ def relocate(directory: Path) -> None:
     write_adapter_config(directory, str((directory / BASE_PATH).resolve()))
 
 
-def open_adapter(directory: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
-    """The exported model, computing in `dtype` on `device`, in evaluation mode. Reads nothing outside `directory`."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+def open_adapter(directory: Path, dtype: torch.dtype, device: torch.device | str = "cpu", how: str = "plain") -> nn.Module:
+    """The exported model, computing in `dtype` on `device`, in evaluation mode. Reads nothing outside `directory`.
 
-    base_path = directory / BASE_PATH
-    base = AutoModelForCausalLM.from_pretrained(
-        base_path, dtype=dtype, device_map={"": torch.device(device)}, local_files_only=True, trust_remote_code=False
-    )
+    how: the way in which the base is opened, a key of `stock.OPENED`.
+    """
+    from peft import PeftModel
+
+    base = open_stock(directory / BASE_PATH, how, dtype, device)
+    work_out(base)
     if getattr(base, "is_loaded_in_4bit", False):
         settle(base, dtype)
     model: nn.Module = PeftModel.from_pretrained(base, directory, local_files_only=True)

@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-OPEN = {
-    "plain": """from transformers import AutoModelForCausalLM, AutoTokenizer
+from pare.tracking.units import protocol
 
-model = AutoModelForCausalLM.from_pretrained(DIRECTORY)
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)""",
-    "dequantize": """from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+PARE = """import pare
 
-config = CompressedTensorsConfig(dequantize=True)  # zero points cannot be opened without it
-model = AutoModelForCausalLM.from_pretrained(DIRECTORY, quantization_config=config)
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)""",
-    "pare": """import pare
-from transformers import AutoTokenizer
+model = pare.load({directory})"""
+"""How an export in Pare's own form is opened."""
 
-model = pare.load(DIRECTORY)
-tokenizer = AutoTokenizer.from_pretrained(DIRECTORY)""",
-}
-"""How to open an export, by the way of opening."""
+
+def how_to_open(lines: str) -> str:
+    """The lines that open a model, `{directory}` standing for where it lies, and the tokenizer's."""
+    tokenizer = "from transformers import AutoTokenizer\n\ntokenizer = AutoTokenizer.from_pretrained(DIRECTORY)"
+    return lines.format(directory="DIRECTORY") + "\n\n" + tokenizer
 
 
 METRICS_LATER = "They are measured on this export after it is written: see the report of Pare (`pare report`)."
@@ -38,11 +33,14 @@ def with_metrics(text: str, metrics: Mapping[str, float]) -> str:
             low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
             interval = f" ({low:.4g} to {high:.4g})" if low is not None and high is not None else ""
             rows.append(f"| `{name}` | {value:,.6g}{interval} |")
-    return text.replace(METRICS_LATER, "\n".join(["| metric | value |", "|---|---|", *rows]))
+    windows, length = (metrics.get(f"eval/{name}") for name in ("windows", "window_length"))
+    how = ["", f"Perplexity, KL and agreement: {protocol(int(windows), int(length))}."] if windows and length else []
+    return text.replace(METRICS_LATER, "\n".join(["| metric | value |", "|---|---|", *rows, *how]))
 
 
-def model_card(card: Mapping[str, Any], facts: Mapping[str, Any], how_to_open: str) -> str:
-    """card: what the trial says of itself; facts: `format`, `opens_with`, `reason` and sizes of the export."""
+def model_card(card: Mapping[str, Any], facts: Mapping[str, Any], opening: str) -> str:
+    """card: what the trial says of itself; facts: `format`, `opens_with`, `reason` and sizes of the export; opening: see
+    `how_to_open`."""
     base = card.get("base", "not stated")
     lines = [
         "---",
@@ -70,7 +68,7 @@ def model_card(card: Mapping[str, Any], facts: Mapping[str, Any], how_to_open: s
         "## How to load",
         "",
         "```python",
-        how_to_open,
+        how_to_open(opening),
         "```",
         "",
         "## Metrics",

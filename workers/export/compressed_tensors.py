@@ -1,128 +1,114 @@
-"""Export of integer codes as a `pack-quantized` checkpoint of compressed-tensors, which transformers opens by itself.
+"""Export of codes as a checkpoint of compressed-tensors, which transformers opens by itself.
 
-The codes are not touched: operands of `Codes` (pare/methods/parts/codes.py) get other names, and `config.json` says how
-to read them. Linears of one scheme (bits, group, symmetric or not) form a config group.
-
-What transformers 5.23 with compressed-tensors 0.20 can open was tried out and decides what is refused here: symmetric codes
-open plainly, also with a scheme for each layer. Zero points open only with `CompressedTensorsConfig(dequantize=True)`, and that
-way of loading reads *every* weight by the first config group, so that a second scheme would be misread.
+`config.json` says how to read the codes (pare/workers/export/schemes.py): linears of one scheme form a config group. Weights
+that are stored dense, changed or not, are written beside them in the dtype of the base.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pare.methods.parts.codebooks import Integer
-from pare.methods.parts.codes import Codes, Rows
-from pare.methods.parts.formula import Formula
 from pare.workers.export.files import copy_companions, write_weights
+from pare.workers.export.schemes import Inexpressible, Scheme, is_dense, scheme_of, stored_of
 from pare.workers.models import ModelArtifact, load_skeleton
 
-
-@dataclass(frozen=True, order=True)
-class Scheme:
-    """What a config group says of its linears."""
-
-    bits: int
-    group: int
-    """Columns that share a scale; -1: the whole row."""
-    symmetric: bool
-
-    def config(self, targets: list[str]) -> dict[str, Any]:
-        weights: dict[str, Any] = {"num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "dynamic": False}
-        weights |= {"strategy": "channel"} if self.group == -1 else {"strategy": "group", "group_size": self.group}
-        return {"targets": targets, "weights": weights, "format": "pack-quantized"}
-
-
-class Inexpressible(Exception):
-    """The format has no words for a weight; the message says why."""
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linears that vLLM computes as one."""
 
 
 def schemes(artifact: ModelArtifact) -> dict[str, Scheme]:
-    """Module name -> scheme, for every compressed linear.
+    """Module name -> scheme, for every linear that is made of codes.
 
     Raises:
         Inexpressible: the artifact as a whole cannot be written in this format.
     """
     linears = set(linear_names(artifact.dense.directory))
     found: dict[str, Scheme] = {}
+    dense = []
     for name in artifact.compressed_names():
-        module = name.removesuffix(".weight")
+        formula, module = artifact.effective(name), name.removesuffix(".weight")
+        if is_dense(formula):
+            dense.append(module)
+            continue
         if module not in linears:
             raise Inexpressible(f"{name} is not the weight of a linear layer")
         try:
-            found[module] = scheme_of(artifact.effective(name))
+            found[module] = scheme_of(formula)
         except Inexpressible as e:
             raise Inexpressible(f"{module} {e}") from None
-    if not all(scheme.symmetric for scheme in found.values()) and len(set(found.values())) > 1:
-        raise Inexpressible("zero points can be opened only where all layers have the same bits and group")
+    if not found:
+        raise Inexpressible(f"{dense[0]} is stored as dense, and so is all else" if dense else "no weight is compressed")
+    if any(scheme.needs_dequantize for scheme in found.values()) and len(set(found.values())) > 1:
+        raise Inexpressible("zero points of less than 8 bits can be opened only where all layers have the same bits and group")
     return found
 
 
-def scheme_of(formula: Formula) -> Scheme:
-    codes = formula.parts[0]
-    if len(formula.parts) > 1:
-        raise Inexpressible(f"is a sum of parts ({', '.join(part.kind for part in formula.parts)})")
-    if not isinstance(codes, Codes):
-        raise Inexpressible(f"is stored as {codes.kind}")
-    if not isinstance(codes.codebook, Integer):
-        raise Inexpressible(f"has codes of the table {codes.codebook.spec().get('name') or 'stored with it'}, not integers")
-    if not isinstance(codes.index, Rows) or codes.index.g_idx is not None:
-        raise Inexpressible("has groups that are not consecutive columns of a row")
-    if not isinstance(codes.scale, Tensor):
-        raise Inexpressible("has scales that are codes themselves")
-    if codes.offset is not None:
-        raise Inexpressible("has an offset")
-    columns, group = codes.shape[1], codes.index.group
-    if group != -1 and columns % group:
-        raise Inexpressible(f"has {columns} columns, which groups of {group} do not divide")
-    if codes.zero is None and not codes.codebook.signed:
-        raise Inexpressible("has unsigned codes without a zero point")
-    return Scheme(codes.codebook.bits, -1 if group == columns else group, codes.zero is None)
+def how_opened(found: dict[str, Scheme]) -> str:
+    """How transformers opens it: `plain`, with `dequantize`, or in `bfloat16` only."""
+    if any(scheme.needs_dequantize for scheme in found.values()):
+        return "dequantize"
+    return "bfloat16" if any(scheme.needs_bfloat16 for scheme in found.values()) else "plain"
 
 
-def export_compressed_tensors(artifact: ModelArtifact, out: Path) -> bool:
-    """Writes the checkpoint to `out`; returns whether it opens plainly (else only with `dequantize=True`)."""
-    found = schemes(artifact)
+def unlike_siblings(found: dict[str, Scheme]) -> list[str]:
+    """Names of linears whose schemes differ from those that vLLM would fuse them with, one for each such set."""
+    parents = dict.fromkeys(name.rpartition(".")[0] for name in found)
+    sets = [[f"{parent}.{leaf}" for leaf in leaves] for parent in parents for leaves in FUSED]
+    return [names[0] for names in sets if len({found.get(name) for name in names}) > 1]
+
+
+def describe_schemes(found: dict[str, Scheme]) -> str:
+    """The reason given for this format, with what it does not reach."""
+    formats = ", ".join(sorted({scheme.format for scheme in found.values()}))
+    unlike = unlike_siblings(found)
+    text = f"all {len(found)} compressed weights are codes that it has words for ({formats})"
+    if unlike:
+        text += (
+            f"; transformers opens it, vLLM does not: it fuses q/k/v and gate/up, whose schemes differ in {len(unlike)} "
+            f"places, first at {unlike[0]}"
+        )
+    return text
+
+
+def export_compressed_tensors(artifact: ModelArtifact, out: Path, found: dict[str, Scheme] | None = None) -> str:
+    """Writes the checkpoint to `out`; returns how it is opened (`how_opened`)."""
+    found = schemes(artifact) if found is None else found
     by_scheme: dict[Scheme, list[str]] = {}
     for module, scheme in found.items():
         by_scheme.setdefault(scheme, []).append(module)
     source = artifact.dense.directory
     # The class name is what most readers know best; with several schemes each linear must be named.
     groups = [scheme.config(["Linear"] if len(by_scheme) == 1 else modules) for scheme, modules in sorted(by_scheme.items())]
+    formats = {scheme.format for scheme in by_scheme}
     config = json.loads((source / "config.json").read_text())
     config["quantization_config"] = {
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         "ignore": [name for name in linear_names(source) if name not in found],
     }
     (out / "config.json").write_text(json.dumps(config, indent=2))
     copy_companions(source, out)
-    write_weights(packed_weights(artifact, found), out)
-    return all(scheme.symmetric for scheme in found.values())
+    write_weights(stored_tensors(artifact, found), out)
+    return how_opened(found)
 
 
-def packed_weights(artifact: ModelArtifact, found: dict[str, Scheme]) -> Iterator[tuple[str, Tensor]]:
+def stored_tensors(artifact: ModelArtifact, found: dict[str, Scheme]) -> Iterator[tuple[str, Tensor]]:
+    changed = set(artifact.compressed_names())
     for name in artifact.parameter_names():
         module = name.removesuffix(".weight")
-        if module not in found:
-            yield name, artifact.stored(name)
-            continue
-        operands = artifact.effective(name).parts[0].tensors()
-        yield f"{module}.weight_packed", operands["codes"]
-        yield f"{module}.weight_scale", operands["scale"]
-        yield f"{module}.weight_shape", torch.tensor(artifact.stored(name).shape)
-        if "zero" in operands:
-            yield f"{module}.weight_zero_point", operands["zero"]
+        if module in found:
+            for key, tensor in stored_of(artifact.effective(name), found[module]).items():
+                yield f"{module}.{key}", tensor
+        else:
+            stored = artifact.stored(name)
+            yield name, artifact.materialise(name).view(stored.shape).to(stored.dtype) if name in changed else stored
 
 
 def linear_names(directory: Path) -> list[str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from pare.methods.anatomy.views import parse
 from pare.workers.export.files import copy_companions, write_weights
 from pare.workers.models import ModelArtifact
 
@@ -25,7 +26,7 @@ def export_dense(artifact: ModelArtifact, out: Path) -> None:
 
 def dense_weights(artifact: ModelArtifact) -> Iterator[tuple[str, Tensor]]:
     """(name, weight) of every parameter that the base stores."""
-    changed = artifact.compressed_names()
+    changed = {parse(name).parameter for name in artifact.compressed_names()}
     for name in artifact.parameter_names():
         stored = artifact.stored(name)
-        yield name, artifact.materialise(name).to(stored.dtype) if name in changed else stored
+        yield name, artifact.materialise(name).view(stored.shape).to(stored.dtype) if name in changed else stored

@@ -13,6 +13,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pare.workers.files import digest_file
+
 SHARD_BYTES = 4 << 30
 """A weight file is closed before it would grow beyond this."""
 
@@ -82,9 +84,9 @@ class TensorSize:
 
 
 def tensor_sizes(directory: Path) -> dict[str, TensorSize]:
-    """Size of every tensor in the weight files beneath a directory, read from their headers."""
+    """Size of every tensor in the safetensors files beneath a directory, read from their headers."""
     sizes: dict[str, TensorSize] = {}
-    for file in weight_files(directory):
+    for file in sorted(directory.rglob("*.safetensors")):
         with file.open("rb") as f:
             header = json.loads(f.read(struct.unpack("<Q", f.read(8))[0]))
         header.pop("__metadata__", None)
@@ -96,4 +98,9 @@ def tensor_sizes(directory: Path) -> dict[str, TensorSize]:
 
 def weight_files(directory: Path) -> list[Path]:
     """All weight files of an export, an adapter's base and adapter alike."""
-    return sorted(directory.rglob("*.safetensors"))
+    return sorted(file for pattern in ("*.safetensors", "*.gguf") for file in directory.rglob(pattern))
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """Weight file -> digest of its content."""
+    return {str(file.relative_to(directory)): digest_file(file) for file in weight_files(directory)}

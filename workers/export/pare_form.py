@@ -19,9 +19,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from pare.methods.parts.formula import Formula
+from pare.methods.anatomy.views import name_of, parse, view
+from pare.methods.parts.formula import Dense, Formula
 from pare.workers.export.files import copy_companions, write_weights
 from pare.workers.models import ModelArtifact, dense_index, load_skeleton, within_name
+from pare.workers.quantised_inputs import quantise_inputs
 
 FORMAT = 1
 TABLE, STEM = "pare.json", "pare"
@@ -39,15 +41,27 @@ def export_pare(artifact: ModelArtifact, out: Path) -> None:
 
 def operands(artifact: ModelArtifact, table: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of all that is stored; the formulas go into `table` on the way."""
-    changed = set(artifact.compressed_names())
-    for name in artifact.parameter_names():
-        if name not in changed:
-            yield name, artifact.stored(name)
+    changed: dict[str, set[str]] = {}
+    for name in artifact.compressed_names():
+        changed.setdefault(parse(name).parameter, set()).add(name)
+    for parameter in artifact.parameter_names():
+        if parameter not in changed:
+            yield parameter, artifact.stored(parameter)
             continue
-        formula = artifact.effective(name)
-        table[name] = formula.spec()
-        for key, tensor in formula.tensors().items():
-            yield f"{name}:{key}", tensor
+        for name in whole(parameter, changed[parameter], artifact):
+            own = name in changed[parameter]
+            formula = artifact.effective(name) if own else Formula([Dense(view(artifact.stored(parameter), name))])
+            table[name] = formula.spec()
+            for key, tensor in formula.tensors().items():
+                yield f"{name}:{key}", tensor
+
+
+def whole(parameter: str, names: set[str], artifact: ModelArtifact) -> list[str]:
+    """The names, and those of the other matrices where a parameter is a stack of them."""
+    views = {parse(name).index: name for name in names}
+    if None in views:
+        return sorted(names)
+    return [views.get(i, name_of(parameter, i)) for i in range(artifact.stored(parameter).shape[0])]
 
 
 def open_pare(directory: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> nn.Module:
@@ -63,21 +77,36 @@ def open_pare(directory: Path, dtype: torch.dtype | None = None, device: torch.d
         raise ValueError(f"{directory}: format {said['format']} of Pare's own form; this Pare opens format {FORMAT}")
     skeleton: Any = load_skeleton(directory)
     dtype = dtype or skeleton.config.dtype or torch.float32
-    weights = {name: weight.to(dtype) for name, weight in worked_out(directory, said["tensors"])}
+    plain, formulas = read(directory, said["tensors"])
+    weights = {name: weight.to(dtype) for name, weight in [*plain.items(), *worked_out(formulas, skeleton)]}
     model: nn.Module = type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=weights, dtype=dtype)
+    quantise_inputs(model, formulas.items())
     return model.to(device).eval()
 
 
-def worked_out(directory: Path, table: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """(name, dense weight) of every parameter."""
+def read(directory: Path, table: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Formula]]:
+    """(the parameters that are the base's, the formulas), by name."""
     where = dense_index(directory, STEM)
     files = {file: safe_open(file, framework="pt") for file in set(where.values())}
-    of_formula: dict[str, dict[str, Tensor]] = {name: {} for name in table}
+    plain: dict[str, Tensor] = {}
+    operands: dict[str, dict[str, Tensor]] = {name: {} for name in table}
     for key, file in where.items():
         name = key.partition(":")[0]
-        if name in table:
-            of_formula[name][key] = files[file].get_tensor(key)
+        (operands[name] if name in table else plain)[key] = files[file].get_tensor(key)
+    formulas = {name: Formula.from_tensors(table[name], within_name(name, tensors)) for name, tensors in operands.items()}
+    for formula in formulas.values():
+        formula.resolve(formulas.__getitem__)
+    return plain, formulas
+
+
+def worked_out(formulas: dict[str, Formula], skeleton: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, dense weight) of every parameter that formulas stand for."""
+    stacks: dict[str, Tensor] = {}
+    for name, formula in formulas.items():
+        parameter = parse(name).parameter
+        shape = skeleton.get_parameter(parameter).shape
+        if parse(name).is_plain:
+            yield parameter, formula.materialise().view(shape)
         else:
-            yield name, files[file].get_tensor(key)
-    for name, tensors in of_formula.items():
-        yield name, Formula.from_tensors(table[name], within_name(name, tensors)).materialise()
+            view(stacks.setdefault(parameter, torch.empty(shape)), name).copy_(formula.materialise())
+    yield from stacks.items()
