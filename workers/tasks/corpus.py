@@ -21,7 +21,9 @@ from pare.workers.corpus import (
 )
 from pare.workers.files import digest_file
 from pare.workers.hub import cached_snapshot
-from pare.workers.sources import check_unchanged, data_files, digest_directory
+from pare.workers.model_files import digest_directory
+from pare.workers.sources import check_unchanged, data_files
+from pare.workers.table import digest_table, table_documents, table_files
 from pare.workers.task import TaskContext, TaskError
 
 
@@ -49,6 +51,11 @@ def read_documents(identity: dict[str, Any], where: dict[str, Any]) -> list[Docu
         documents = text_documents(path)
         check_unchanged(digest_file(path), identity, str(path))
         return documents
+    if identity["source"] == "table":
+        files = table_files(where["path"])
+        table = table_documents(files, identity)
+        check_unchanged(digest_table(files), identity, ", ".join(where["path"]))
+        return table
     if "commit" in identity:
         cached = cached_snapshot(where["name"], identity["commit"], "dataset")
         commit = None if cached else identity["commit"]

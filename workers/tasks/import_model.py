@@ -17,17 +17,9 @@ from pare.workers.corpus import SourceError
 from pare.workers.files import digest_file
 from pare.workers.gguf_file import Gguf
 from pare.workers.hub import fetch_model
+from pare.workers.model_files import check_model_directory, digest_directory, directory_shapes, model_files
 from pare.workers.models import dense_index
-from pare.workers.sources import (
-    check_model_directory,
-    check_unchanged,
-    declared_license,
-    digest_directory,
-    directory_shapes,
-    license_of,
-    model_files,
-    smollm2_file,
-)
+from pare.workers.sources import check_unchanged, declared_license, license_of, smollm2_file
 from pare.workers.task import TaskContext, TaskError
 from pare.workers.tiny import TinySettings, tiny_tokenizer, train_tiny
 
@@ -112,14 +104,24 @@ def import_hf(identity: dict[str, Any], where: dict[str, Any], dtype: torch.dtyp
             f"{source}: the weights do not fill {type(model).__name__}: {absent[0]} and {len(absent) - 1} more are missing or "
             "of another shape. Pare takes causal language models; is this one?"
         )
+    broken = next((name for name, weight in model.state_dict().items() if not torch.isfinite(weight).all()), None)
+    if broken:
+        raise TaskError(
+            f"{source}: {broken} holds numbers that are infinite or none at all (NaN) in {dtype}. Copy or download the model "
+            "again, or import it in a wider dtype: model.dtype=float32",
+            "nonfinite",
+        )
+    if hasattr(model.config, "auto_map"):
+        del model.config.auto_map  # it names files of foreign code, which was not run and is not copied
     ctx.progress(1, 2, "steps")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as e:
+    except Exception as e:  # whatever the two libraries make of a foreign file
         raise TaskError(
-            f"{source}: its tokenizer cannot be opened ({e}). Put tokenizer.json and tokenizer_config.json there"
+            f"{source}: its tokenizer cannot be opened ({type(e).__name__}: {e}). Put tokenizer.json and tokenizer_config.json "
+            "there"
         ) from e
-    model.save_pretrained(ctx.out)
+    model.save_pretrained(ctx.out, save_original_format=False)  # under the names of the parameters: experts stay stacked
     tokenizer.save_pretrained(ctx.out)
     if not (source / "generation_config.json").exists():
         GenerationConfig.from_model_config(model.config).save_pretrained(ctx.out)

@@ -1,4 +1,5 @@
 """Tokens for one role: documents of its split in random order, each ended by the end-of-text token, cut into windows.
+A chat is first rendered by the model's chat template.
 
 spec: `role` (calibration, train, validation, selection or test), `sequences`, `length`, `seed` (of the order).
 inputs: `model` (its tokenizer), `corpus`. Writes `tokens.safetensors` with `input_ids` (sequences, length) int64.
@@ -16,13 +17,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from pare.workers.corpus import Document, position, read_split
+from pare.workers.corpus import NO_TEMPLATE, Document, position, read_split
 from pare.workers.models import load_tokenizer
 from pare.workers.task import TaskContext, TaskError
 
 ROLES = ("calibration", "train", "validation", "selection", "test")
 CALIBRATION_SHARE = 0.2
 """Part of the documents of the train split that is kept for calibration."""
+
+TEMPLATE_DATE = "26 Jul 2024"
+"""The day that templates of the Llama family write into the system prompt; left to itself each run would have another one."""
 
 
 def run(ctx: TaskContext) -> dict[str, Any]:
@@ -42,8 +46,8 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     for document in documents:
         if len(ids) >= wanted:
             break
-        ids += tokenizer(document.text, add_special_tokens=False, verbose=False).input_ids
-        ids.append(tokenizer.eos_token_id)
+        own = tokenizer(text_of(document, tokenizer), add_special_tokens=False, verbose=False).input_ids
+        ids += own if own[-1:] == [tokenizer.eos_token_id] else [*own, tokenizer.eos_token_id]
         used, characters = used + 1, characters + len(document.text)
         ctx.progress(min(len(ids), wanted), wanted, "tokens")
     if len(ids) < wanted:
@@ -54,6 +58,25 @@ def run(ctx: TaskContext) -> dict[str, Any]:
         )
     save_file({"input_ids": torch.tensor(ids[:wanted]).view(sequences, length)}, ctx.out / "tokens.safetensors")
     return {"tokens": wanted, "documents": used, "characters": characters}
+
+
+def text_of(document: Document, tokenizer: Any) -> str:
+    """What the model reads of a document: its text; of a chat what the model's chat template makes of the messages."""
+    if not document.messages:
+        return document.text
+    if tokenizer.chat_template is None:
+        raise TaskError(NO_TEMPLATE)
+    from jinja2.exceptions import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(list(document.messages), tokenize=False, date_string=TEMPLATE_DATE)
+    except TemplateError as e:
+        roles = ", ".join(message["role"] for message in document.messages)
+        raise TaskError(
+            f"the model's chat template refuses the conversation {document.id} (roles: {roles}): {e}. Change or drop such "
+            "conversations, or name the roles as the template does"
+        ) from e
+    return str(text).rstrip()
 
 
 def documents_of(role: str, documents: list[Document]) -> list[Document]:
