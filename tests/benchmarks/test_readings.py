@@ -1,6 +1,7 @@
 """Which readings count, and what the figures make of them."""
 
-from benchmarks.orchestration.readings import Reading, figures, usual
+from benchmarks.orchestration.figures import FIGURES
+from benchmarks.readings import Reading, figures, usual
 
 
 def reading(name: str, argument: str, control_s: float = 1.0, **values: float) -> Reading:
@@ -8,7 +9,7 @@ def reading(name: str, argument: str, control_s: float = 1.0, **values: float) -
 
 
 def value_of(readings: list[Reading], name: str) -> tuple[float | None, bool | None]:
-    return next((f["value"], f["reached"]) for f in figures(readings) if f["name"] == name)
+    return next((f["value"], f["reached"]) for f in figures(FIGURES, readings) if f["name"] == name)
 
 
 def test_a_figure_is_the_median_of_the_steady_readings() -> None:
@@ -32,6 +33,6 @@ def test_a_missed_target_is_said_and_a_missing_reading_is_named() -> None:
     readings = [reading("pare_tasks", "1000", ms=2.0), reading("tune_trials", "500", ms=40.0)]
 
     assert value_of(readings, "below Ray Tune") == (20.0, False)
-    missing = next(f for f in figures(readings) if f["name"] == "growth from 1,000 to 10,000 tasks")
+    missing = next(f for f in figures(FIGURES, readings) if f["name"] == "growth from 1,000 to 10,000 tasks")
     assert missing["missing"] == "pare_tasks 10000"
     assert missing["reached"] is None
