@@ -23,6 +23,7 @@ from pare.orchestrator import submit
 EXAMPLES = """examples:
   pare run experiment=demo                                   the main job on a real model
   pare plan experiment=demo blocks.gptq.recipe.quantize.bits=4,3,2    what would run, what is there already
+  pare prefetch experiment=demo                              bring what it needs from the network into the store
   pare run recipe=rtn,gptq recipe.quantize.bits=2,3,4        a sweep of your own
   pare explain gptq-bits=3                                   why its tasks would run again, field by field
   pare report                                                the latest sweep's table
@@ -92,6 +93,9 @@ def parser() -> argparse.ArgumentParser:
     printed(run)
     running(run)
     run.add_argument("--dry-run", action="store_true", help="the same as `pare plan`")
+    prefetch = verb("commands", "prefetch", "Bring what needs the network into the store, so that the sweep runs without one.",
+                    "pare prefetch experiment=demo model=hf model.name=ORG/NAME", json=True)  # fmt: skip
+    composed(prefetch)
     resume = verb("commands", "resume", "Go on with a sweep, from what the ledger keeps of it.",
                   "pare resume demo cluster.slots=1", sweep=latest, store=True)  # fmt: skip
     retry = verb("commands", "retry-failed", "Try the failed trials of a sweep again.",
@@ -126,7 +130,10 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--sweep", help=f"id or name; default: {latest}")
     ui = verb("reading", "ui", "Serve the MLflow UI on this machine's loopback address.", "pare ui --port 5000")
     ui.add_argument("--port", type=int, default=5000)
-    verb("reading", "doctor", "Check this installation, with remedies.", "pare doctor", json=True)
+    doctor = verb("reading", "doctor", "Check this installation, with remedies; or how Pare sees a model.",
+                  "pare doctor --model DIR", json=True)  # fmt: skip
+    doctor.add_argument("--model", metavar="DIR|CLASS", help="a directory with a config.json, or a class of transformers")
+    doctor.add_argument("--plugin", action="append", default=[], metavar="FILE|MODULE", help="import this first")
     verb("upkeep", "sync", "Tell MLflow what it has not been told yet.", "pare sync", json=True, sweep="all")
     stop = verb("upkeep", "stop", "Ask the driver at work in PARE_HOME to end, and wait until it has.", "pare stop",
                 sweep="whatever runs")  # fmt: skip

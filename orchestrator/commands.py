@@ -51,7 +51,7 @@ def plan(arguments: argparse.Namespace, home: Path) -> int:
     from pare.orchestrator import places, preflight
     from pare.orchestrator.estimate import History
 
-    experiment, graph, device = prepare(arguments)
+    experiment, graph, device = prepare(arguments, home)
     store = places.store_of(home, experiment)
     ledger = places.ledger_if_any(home)
     states, told = states_of(graph, store, ledger)
@@ -189,15 +189,49 @@ def run(arguments: argparse.Namespace, home: Path) -> int:
         arguments.check, arguments.svg = False, None
         return plan(arguments, home)
     say("reading the configuration")
-    experiment, graph, device = prepare(arguments)
+    experiment, graph, device = prepare(arguments, home)
     return drive(arguments, home, experiment, graph, device, command_line())
+
+
+def prefetch(arguments: argparse.Namespace, home: Path) -> int:
+    """Brings models, data and evaluation tasks into the store; the sweep then runs without a network."""
+    from pare.orchestrator import prefetch as fetching
+    from pare.orchestrator.drive import program
+
+    experiment, graph, device = prepare(arguments, home)
+    command = shlex.join([program(), "run", *arguments.overrides])
+    code, said = fetching.run(experiment, graph, device, home, command)
+    if arguments.json:
+        show_json({"schema_version": SCHEMA_VERSION, **said})
+    else:
+        show_fetched(said, command)
+    return code
+
+
+def show_fetched(said: Mapping[str, Any], command: str) -> None:
+    """What was fetched, as a table, and what to type next."""
+    from rich.table import Table
+
+    from pare.tracking.units import size
+
+    table = Table(title=f"prefetched for {said['sweep']}")
+    for column in ("", "task", "what", "size"):
+        table.add_column(column, no_wrap=column != "what", justify="right" if column == "size" else "left", overflow="fold")
+    for task in said["tasks"]:
+        table.add_row(task["state"], task["task"], task["label"], size(task["bytes"]))
+    lines = [f"{key} is commit {commit}" for key, commit in said["commits"].items()]
+    if said["status"] == "done":
+        lines.append(f"without a network: HF_HUB_OFFLINE=1 {command}")
+    console = wide_console()
+    console.print(table)
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def resume(arguments: argparse.Namespace, home: Path) -> int:
     """Goes on with a sweep as the ledger keeps it, whatever has become of the files it was configured with."""
     named, overrides = name_and_overrides(arguments)
     sweep, experiment, _ = restored(arguments, home, named, overrides)
-    return drive(arguments, home, experiment, *planned(experiment), sweep["command"])
+    return drive(arguments, home, experiment, *planned(experiment, home), sweep["command"])
 
 
 def retry_failed(arguments: argparse.Namespace, home: Path) -> int:
@@ -215,7 +249,7 @@ def retry_failed(arguments: argparse.Namespace, home: Path) -> int:
         found = ", ".join(f"{n} {failure}" for failure, n in Counter(classes.values()).items()) or "none"
         say(f"sweep {sweep['id']} has no failed trials to try again (failed: {found})")
         return 0
-    return drive(arguments, home, experiment, *planned(experiment), sweep["command"], only=only)
+    return drive(arguments, home, experiment, *planned(experiment, home), sweep["command"], only=only)
 
 
 def rerun(arguments: argparse.Namespace, home: Path) -> int:
@@ -235,8 +269,8 @@ def rerun(arguments: argparse.Namespace, home: Path) -> int:
     if values:
         name = f"{experiment.name}-{trial.name}"
         experiment = dataclasses.replace(experiment, name=name, trials=[config.changed(trial, values)])
-        return drive(arguments, home, experiment, *planned(experiment), command_line())
-    graph, device = planned(experiment)
+        return drive(arguments, home, experiment, *planned(experiment, home), command_line())
+    graph, device = planned(experiment, home)
     states_of(graph, places.store_of(home, experiment))
     tasks = [graph.tasks[fp] for fp in graph.goals[trial.name].tasks]
     again = {task.fingerprint for task in tasks if len(task.trials) == 1 and not task.late}
@@ -276,13 +310,14 @@ def restored(
     return sweep, experiment, rows
 
 
-def planned(experiment: Experiment) -> tuple[Plan, str]:
+def planned(experiment: Experiment, home: Path) -> tuple[Plan, str]:
     """(plan, device) of an experiment."""
-    from pare.orchestrator import preflight
+    from pare.orchestrator import places, preflight
     from pare.orchestrator.plan import build_plan
 
     device = preflight.device_for(experiment)
-    return build_plan(experiment, device, preflight.cores_for(experiment, device)), device
+    memory = places.remembered_names(lambda: places.store_of(home, experiment))
+    return build_plan(experiment, device, preflight.cores_for(experiment, device), memory), device
 
 
 def submit(arguments: argparse.Namespace, home: Path) -> int:
@@ -299,12 +334,12 @@ def jobs(arguments: argparse.Namespace, home: Path) -> int:
     return cluster.jobs(arguments, home)
 
 
-def prepare(arguments: argparse.Namespace) -> tuple[Experiment, Plan, str]:
+def prepare(arguments: argparse.Namespace, home: Path) -> tuple[Experiment, Plan, str]:
     """(experiment, plan, device) of a command's overrides."""
     from pare.orchestrator import config
 
     experiment = config.load(arguments.overrides, arguments.config_dir, arguments.config_name)
-    return (experiment, *planned(experiment))
+    return (experiment, *planned(experiment, home))
 
 
 def print_config(arguments: argparse.Namespace) -> int:

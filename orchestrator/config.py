@@ -11,11 +11,9 @@ import copy
 import dataclasses
 import functools
 import importlib
-import importlib.util
 import itertools
 import json
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -58,6 +56,8 @@ from pare.orchestrator.trials import (
     put,
     typed,
 )
+from pare.workers.plugins import PluginError
+from pare.workers.plugins import load_plugin as load_plugin_
 
 __all__ = ["Composer", "Experiment", "Request", "Stage", "Trial", "changed", "load", "restore", "session"]
 
@@ -114,22 +114,15 @@ def register_methods(plugins: Iterable[str] = ()) -> None:
 
 def load_plugin(plugin: str) -> None:
     """Imports a module by name, or a file by path, that registers methods."""
-    if not plugin.endswith(".py"):
-        try:
-            importlib.import_module(plugin)
-        except ImportError as e:
-            raise ConfigError(f"plugins: cannot import {plugin!r}: {e}") from e
-        return
-    path = Path(plugin).resolve()
-    name = f"pare_plugin_{path.stem}"
-    if name in sys.modules:
-        return
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.exists():
-        raise ConfigError(f"plugins: there is no file {plugin!r}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        load_plugin_(plugin)
+    except PluginError as e:
+        raise ConfigError(f"plugins: {e}") from e
+
+
+def located(plugin: str) -> str:
+    """A file by its absolute path, so that a sweep can be resumed from anywhere on this machine."""
+    return str(Path(plugin).resolve()) if plugin.endswith(".py") else plugin
 
 
 class Composer:
@@ -212,7 +205,7 @@ class Composer:
             raise ConfigError("nothing to do: name an experiment (experiment=demo) or a recipe (recipe=gptq)")
         check_members(trials)
         name = top.name or next((t.recipe for t in trials), "sweep")
-        return Experiment(str(name), uniquely_named(trials), **whole, plugins=[str(plugin) for plugin in top.plugins])
+        return Experiment(str(name), uniquely_named(trials), **whole, plugins=[located(str(plugin)) for plugin in top.plugins])
 
     def top(self) -> DictConfig:
         """The composed config without what only holds for single blocks: recipes, sweeps, `blocks.NAME...`."""

@@ -33,6 +33,7 @@ from pare.orchestrator.ray_pool import RayPool
 from pare.orchestrator.record import build_record, outcome_digest, trial_uid
 from pare.orchestrator.segments import Segments
 from pare.tracking import report as render
+from pare.tracking.units import protocol
 from pare.workers.store import Store
 
 COLUMN = 56
@@ -285,6 +286,7 @@ def about(experiment: Experiment, plan: Plan) -> dict[str, Any]:
         "data": first.data.name or first.data.path,
         "evaluation": {
             "test_tokens": first.evaluation.windows.sequences * first.evaluation.windows.length,
+            "protocol": protocol(first.evaluation.windows.sequences, first.evaluation.windows.length),
             "dtype": first.evaluation.dtype,
             "tolerance": first.evaluation.tolerance,
         },

@@ -25,7 +25,7 @@ from blake3 import blake3
 RECORD = "pare.task/1"
 
 CANNOT_CHANGE_A_NUMBER = frozenset(
-    {f"pare.workers.{name}" for name in ("blobs", "checkpoint", "loading", "run", "store", "task")}
+    {f"pare.workers.{name}" for name in ("blobs", "checkpoint", "loading", "plugins", "run", "store", "task")}
 )
 """How a task is fed, run and published; not what it computes."""
 
@@ -34,8 +34,11 @@ IMPORTED_BY_NAME = {"pare.methods.parts.formula": ("pare.methods.parts",)}
 
 LIBRARIES = {
     "import_model": ("torch", "transformers", "gguf", "tokenizers"),
+    "adopt": ("torch", "transformers", "compressed-tensors", "peft", "bitsandbytes", "gguf"),
     "corpus": (),
     "questions": (),
+    "pairs": (),
+    "benchmark": ("lm-eval", "datasets"),
     "tokens": ("transformers", "tokenizers"),
     "calibrate": ("torch", "transformers"),
     "compress": ("torch", "transformers"),

@@ -25,7 +25,22 @@ GRACE_S = 7 * 24 * 3600.0
 """Age below which what nobody knows may still be somebody's work in progress."""
 
 SELF_CONTAINED = frozenset(
-    {"import_model", "corpus", "tokens", "questions", "calibrate", "levels", "allocate", "score", "export", "evaluate", "speed"}
+    {
+        "import_model",
+        "adopt",
+        "corpus",
+        "tokens",
+        "questions",
+        "pairs",
+        "benchmark",
+        "calibrate",
+        "levels",
+        "allocate",
+        "score",
+        "export",
+        "evaluate",
+        "speed",
+    }
 )
 """Task types whose artifacts are read without what they were made from. A compressed model is not: it stands on its base."""
 ASIDE = frozenset({"tokens", "statistics", "teacher", "levels", "allocation"})

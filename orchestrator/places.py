@@ -1,13 +1,16 @@
-"""Where the artifacts and the ledger of a sweep are, for every verb that reads one or goes on with one."""
+"""Where the artifacts and the ledger of a sweep are, for every verb that reads one or goes on with one; and what names of the
+hub stood for, which is kept beside the artifacts."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pare.orchestrator.ledger import Ledger
+from pare.workers.hub import Memory
 from pare.workers.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -35,3 +38,26 @@ def ledger_of(home: Path, url: str | None = None) -> Ledger:
 
 def ledger_if_any(home: Path) -> Ledger | None:
     return Ledger(home) if (home / "ledger.db").exists() else None
+
+
+def remembered_names(open_store: Callable[[], Store]) -> Memory:
+    """What the store knows of names of the hub. It is opened when the hub gives no answer, and not before."""
+
+    def read(key: str) -> dict[str, Any] | None:
+        try:
+            found: dict[str, Any] = json.loads(open_store().blobs.read(name_key(key)))
+        except FileNotFoundError:
+            return None
+        return found
+
+    return Memory(read)
+
+
+def remember_names(store: Store, names: Mapping[str, dict[str, Any]]) -> None:
+    """Keeps what names stand for; of a name that is known already, what it stands for now."""
+    for key, known in names.items():
+        store.blobs.write(name_key(key), json.dumps(known, sort_keys=True).encode())
+
+
+def name_key(key: str) -> str:
+    return f"hub/{key.replace('/', '--').replace(' ', '--')}.json"

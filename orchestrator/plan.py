@@ -23,6 +23,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from pare.methods.anatomy.describe import UnknownModel, family_of
@@ -32,7 +33,15 @@ from pare.orchestrator import hardware
 from pare.orchestrator.config import Experiment, Stage, Trial
 from pare.orchestrator.errors import ConfigError
 from pare.orchestrator.fingerprint import digest, task_record
-from pare.workers import sources
+from pare.orchestrator.schema import Evaluation
+from pare.orchestrator.trials import is_imported
+from pare.orchestrator.widths import with_widths
+from pare.workers import lm_tasks, sources
+from pare.workers.corpus import NO_TEMPLATE
+from pare.workers.hub import Memory, remembering
+from pare.workers.imported import locate_import, resolve_import
+from pare.workers.metric_function import resolve_metric, source_of_metric
+from pare.workers.pairs import resolve_pairs
 from pare.workers.store import Store
 
 
@@ -97,6 +106,8 @@ class Plan:
     """Fingerprint of an imported model -> what is known of it before it is loaded."""
     late: dict[str, Late] = field(default_factory=dict)
     """Trial name -> the query that it waits for."""
+    names: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What names of the hub stand for (see `workers.hub.Memory`)."""
     builder: Builder | None = None
     """Adds the tasks of a late trial."""
 
@@ -207,12 +218,21 @@ def select(scored: Mapping[str, float], top: int | None) -> list[tuple[str, floa
     return [(name, nll) for nll, name in finite[:top]]
 
 
-def build_plan(experiment: Experiment, device: str, threads: int) -> Plan:
+def build_plan(experiment: Experiment, device: str, threads: int, memory: Memory | None = None) -> Plan:
     """Merges the trials of an experiment into one graph. Reads identities of models and data, loads neither.
+
+    memory: what names of the hub are known to stand for.
 
     Raises:
         ConfigError: a model or data set is missing, or a setting does not fit the model's shapes.
     """
+    with remembering(memory or Memory()) as learning:
+        plan = merged_plan(experiment, device, threads)
+    plan.names = learning.learnt
+    return plan
+
+
+def merged_plan(experiment: Experiment, device: str, threads: int) -> Plan:
     plan = Plan()
     plan.builder = builder = Builder(plan, device, threads)
     runnable = [trial for trial in experiment.trials if not trial.skipped]
@@ -309,7 +329,9 @@ class Builder:
             where=sources.locate_model(model_config),
         )
         if model not in self.plan.models:
-            self.plan.models[model] = self.identify(sources.describe_model, model_config)
+            self.plan.models[model] = with_widths(self.identify(sources.describe_model, model_config))
+        if trial.data.rows == "chat" and self.plan.models[model]["chat_template"] is False:
+            raise ConfigError(NO_TEMPLATE)
         split = {key: data_config[key] for key in ("source", "fractions", "seed")}
         corpus = self.add(
             "corpus",
@@ -326,9 +348,8 @@ class Builder:
 
         def score(label: str, artifact: str, windows: str, teacher: str | None = None, keep_hidden: bool = False) -> str:
             spec = {"dtype": trial.evaluation.dtype, "keep_hidden": keep_hidden}
-            return self.add(
-                "score", label, spec, {"model": artifact, "tokens": windows, **({"teacher": teacher} if teacher else {})}
-            )
+            inputs = {"model": artifact, "tokens": windows, **({"teacher": teacher} if teacher else {})}
+            return self.add("score", label, spec, inputs, where=memory_of(trial.evaluation))
 
         test = tokens("test")
         teacher = score("score base", model, test, keep_hidden=True)
@@ -343,30 +364,66 @@ class Builder:
             artifact = self.add_merge(trial, stages[0], model, selection, artifacts, members)
             stages = stages[1:]
         for stage in stages:
-            if METHODS[stage.method].kind == "allocate":
+            if METHODS[stage.method].kind == "import":
+                artifact = self.add_import(stage, model)
+            elif METHODS[stage.method].kind == "allocate":
                 search = tokens("validation")
                 search_teacher = score("score base (search)", model, search, keep_hidden=True)
                 artifact = self.add_search(trial, stage, model, artifact, tokens, search, search_teacher)
             else:
                 artifact = self.add_stage(trial, stage, model, artifact, tokens)
-        own_score = teacher
-        if trial.stages:
-            own_score = score(f"score {trial.name}", artifact, test, teacher)
-        export = self.add(
-            "export", f"export {trial.name}", {"card": card(trial, self.plan.models[model]["license"])}, {"model": artifact}
-        )
-        inputs = {"export": export, "tokens": test, "teacher": teacher, "score": own_score}
+        own_score, export = teacher, artifact
+        inputs = {"export": export, "tokens": test, "teacher": teacher}
+        if not is_imported(trial):
+            if trial.stages:
+                own_score = score(f"score {trial.name}", artifact, test, teacher)
+            spec: dict[str, Any] = {"card": card(trial, self.plan.models[model]["license"])}
+            if trial.export.format != "auto":
+                spec["format"] = trial.export.format
+            export = self.add("export", f"export {trial.name}", spec, {"model": artifact})
+            inputs |= {"export": export, "score": own_score}
+        elif trial.export.format != "auto":
+            raise ConfigError(
+                f"export.format={trial.export.format}: {trial.name!r} was made elsewhere and is measured as it is. Try: "
+                "export.format=auto"
+            )
         if evaluation["questions"]["n"]:
             spec = {**evaluation["questions"], "seed": trial.data.seed}
             inputs["questions"] = self.add("questions", "questions", spec, {"corpus": corpus})
         spec = {"dtype": trial.evaluation.dtype, "tolerance": trial.evaluation.tolerance, "task": trial.data.source}
-        evaluate = self.add("evaluate", f"evaluate {trial.name}", spec, inputs)
+        inputs |= self.asked(trial.evaluation)
+        spec |= self.asks(trial.evaluation)
+        evaluate = self.add("evaluate", f"evaluate {trial.name}", spec, inputs, where=where_to_measure(trial.evaluation))
         timing = None
         if evaluation["speed"]["repeats"]:
             spec = {**evaluation["speed"], "threads": self.threads, "hardware": hardware.key(self.device)}
             timing = self.add("speed", f"speed {trial.name}", spec, {"export": export})
         chosen = [name for name, _ in members or []]
         self.plan.goals[trial.name] = Goals(artifact, own_score, export, evaluate, timing, list(self._own), chosen)
+
+    def asked(self, evaluation: Evaluation) -> dict[str, str]:
+        """What the user has an export asked: role of the evaluation -> task that brings it into the store."""
+        found = {}
+        for name in evaluation.tasks:
+            where = {"name": name, "include_path": evaluation.include_path, "start": str(Path.cwd())}
+            identity = self.identify(lm_tasks.resolve_benchmark, where)
+            found[f"benchmark.{name}"] = self.add("benchmark", f"benchmark {name}", {"identity": identity}, {}, where=where)
+        if evaluation.pairs.path is not None:
+            pairs = self.plain(evaluation.pairs)
+            columns = {key: pairs[key] for key in ("good", "bad", "group")}
+            spec = {"columns": columns, "identity": self.identify(resolve_pairs, pairs)}
+            found["pairs"] = self.add("pairs", "minimal pairs", spec, {}, where={"path": str(Path(pairs["path"]).resolve())})
+        return found
+
+    def asks(self, evaluation: Evaluation) -> dict[str, Any]:
+        """What of the user's questions belongs to the evaluation itself. Empty where there is none."""
+        spec: dict[str, Any] = {}
+        if evaluation.tasks:
+            spec |= {"num_fewshot": evaluation.num_fewshot, "limit": evaluation.limit}
+        if evaluation.metrics:
+            plain = [self.plain(metric) for metric in evaluation.metrics]
+            spec["metrics"] = [{**metric, "identity": self.identify(resolve_metric, metric)} for metric in plain]
+        return spec
 
     def add_stage(self, trial: Trial, stage: Stage, model: str, artifact: str, tokens: Callable[[str], str]) -> str:
         """The tasks of one stage; returns the fingerprint of its artifact."""
@@ -390,6 +447,12 @@ class Builder:
             self.check_ranks(stage, trial.engine.ranks)
             spec["ranks"] = trial.engine.ranks
         return self.add("train", label, spec, inputs, (cls.__module__,))
+
+    def add_import(self, stage: Stage, model: str) -> str:
+        """The task that takes a checkpoint made elsewhere into the store, as the export that it is."""
+        settings = settings_of(stage.settings)
+        spec = {"identity": self.identify(resolve_import, settings)}
+        return self.add("adopt", f"import {settings['path']}", spec, {"model": model}, where=locate_import(settings))
 
     def check_ranks(self, stage: Stage, ranks: int) -> None:
         """Refuses what several ranks cannot share."""
@@ -475,6 +538,8 @@ class Builder:
             family_of(self.plan.models[model]["architecture"])
         except UnknownModel as e:
             raise ConfigError(f"block {self._trial!r}: {stage.method} works on input groups, and {e}") from e
+        if reason := self.plan.models[model].get("unknown"):
+            raise ConfigError(f"block {self._trial!r}: {stage.method} works on input groups, and {reason}")
 
     def check_shapes(self, stage: Stage, model: str) -> None:
         try:
@@ -483,6 +548,16 @@ class Builder:
             raise ConfigError(
                 f"block {self._trial!r}: recipe.{stage.name}.{e.setting} must be {e.allowed}, got {e.got!r}"
             ) from e
+
+
+def where_to_measure(evaluation: Evaluation) -> dict[str, Any]:
+    """What an evaluation needs to know of this place: files of the user's functions, and how much memory it may take."""
+    files = {m.name: str(source_of_metric(dataclasses.asdict(m))) for m in evaluation.metrics}
+    return {**({"metrics": files} if files else {}), **memory_of(evaluation)}
+
+
+def memory_of(evaluation: Evaluation) -> dict[str, Any]:
+    return {} if evaluation.memory_gb is None else {"memory_bytes": int(evaluation.memory_gb * 1e9)}
 
 
 def settings_of(settings: Method) -> dict[str, Any]:
@@ -506,6 +581,7 @@ def card(trial: Trial, licence: str) -> dict[str, Any]:
     ]
     drawn = trial.seed if any(stage.settings.draws_random_numbers for stage in trial.stages) else None
     needed = any(stage.settings.needs for stage in stages.values())
+    form = [f"export.format={trial.export.format}"] if trial.export.format != "auto" else []
     start = ["pare run", f"model={trial.model.source}", f"data={trial.data.source}", f"recipe={trial.recipe}"]
     return {
         "recipe": trial.recipe,
@@ -515,7 +591,7 @@ def card(trial: Trial, licence: str) -> dict[str, Any]:
         "data": trial.data.name or "local data",
         "calibration": dataclasses.asdict(trial.data.calibration) if needed else {},
         "seed": drawn,
-        "command": " ".join([*start, *choices, *([f"seed={drawn}"] if drawn else [])]),
+        "command": " ".join([*start, *choices, *form, *([f"seed={drawn}"] if drawn else [])]),
     }
 
 

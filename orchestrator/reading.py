@@ -102,10 +102,10 @@ def explain(arguments: argparse.Namespace, home: Path) -> int:
     from pare.orchestrator.explain import reasons
 
     if arguments.overrides:
-        experiment, graph, device = prepare(arguments)
+        experiment, graph, device = prepare(arguments, home)
     else:
         _, experiment, _ = restored(arguments, home, arguments.sweep)
-        graph, device = planned(experiment)
+        graph, device = planned(experiment, home)
     ledger, what = places.ledger_if_any(home), arguments.what
     store = places.store_of(home, experiment, arguments.store)
     states, told = states_of(graph, store, ledger)
@@ -357,12 +357,20 @@ def ui(arguments: argparse.Namespace, home: Path) -> int:
 
 
 def doctor(arguments: argparse.Namespace, home: Path) -> int:
-    """Checks the installation."""
+    """Checks the installation, or what Pare makes of a model."""
     from pare.orchestrator import doctor as clinic
 
-    findings = clinic.examine(home)
+    about: dict[str, Any] = {}
+    if arguments.model:
+        from pare.orchestrator.model_doctor import examine, lines
+
+        about, findings = examine(arguments.model, arguments.plugin)
+        if not arguments.json and about:
+            print("\n".join(lines(about)))
+    else:
+        findings = clinic.examine(home)
     if arguments.json:
-        show_json({"schema_version": SCHEMA_VERSION, "findings": findings})
+        show_json({"schema_version": SCHEMA_VERSION, **({"anatomy": about} if arguments.model else {}), "findings": findings})
     else:
         for finding in findings:
             print(f"{ {'ok': '✓', 'warn': '!', 'fail': '✗'}[finding['state']] } {finding['what']}: {finding['found']}")

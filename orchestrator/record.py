@@ -126,7 +126,7 @@ def trial_record(
         ):
             continue
         result = results[task["fingerprint"]]
-        if task["type"] not in ("score", "import_model", "corpus", "tokens", "questions"):
+        if task["type"] not in ("score", "import_model", "corpus", "tokens", "questions", "pairs", "benchmark"):
             said = result.get("notes", [])  # numbers by name from a method, sentences from a measurement
             metrics.update({k: v for k, v in {**result, **(said if isinstance(said, dict) else {})}.items() if is_metric(k, v)})
             notes += [note for note in said if isinstance(said, list) and note not in notes]
@@ -153,7 +153,9 @@ def trial_record(
         "error": json.loads(row["failure"]) if row["failure"] else None,
         "notes": notes,
         "curves": curves,
-        "windows": read_windows(evaluation),
+        "windows": read_kept(evaluation, "windows"),
+        "answers": read_kept(evaluation, "answers"),
+        "directions": results.get(goals["evaluate"], {}).get("directions", {}) if goals else {},
         "config": json.loads(row["config"]),
         "tasks": [
             {
@@ -197,9 +199,9 @@ def read_curves(data: bytes | None) -> dict[str, list[list[float]]]:
     return curves
 
 
-def read_windows(data: bytes | None) -> dict[str, list[float]]:
-    """Sums over each test window, which comparisons of trials are drawn from: name -> one number per window."""
-    return dict(json.loads(data)["windows"]) if data else {}
+def read_kept(data: bytes | None, what: str) -> dict[str, Any]:
+    """What an evaluation keeps for comparisons of trials: `windows`, sums over each test window, or `answers`."""
+    return dict(json.loads(data).get(what, {})) if data else {}
 
 
 def outcome_digest(record: dict[str, Any]) -> str:

@@ -58,8 +58,18 @@ class Data:
     """Which configuration of a data set that has several."""
     revision: str | None = None
     """Commit, tag or branch of a data set of the hub."""
-    path: str | None = None
-    column: str = "text"
+    path: Any = None
+    """A file or directory; with data=table also a pattern or a list of them."""
+    column: str | None = "text"
+    """Column of a data set that holds the text, or the messages of a chat."""
+    rows: str = "text"
+    """What a row of a table is: text, chat or labelled."""
+    label: str = "label"
+    """Column of a table that holds the label."""
+    message: dict[str, str] = field(default_factory=lambda: {"role": "role", "content": "content"})
+    """What a message of a chat calls its role and its content."""
+    template: str = "{text}\nLabel: {label}"
+    """How a labelled row becomes a text; words in braces are columns."""
     fractions: dict[str, float] = field(
         default_factory=lambda: {"train": 0.8, "validation": 0.05, "selection": 0.05, "test": 0.1}
     )
@@ -72,7 +82,15 @@ class Data:
     """What searches measure their candidates on."""
 
     def __post_init__(self) -> None:
-        need(self.source in ("pydoc", "text", "hf"), "data.source", self.source, "pydoc, text or hf", "data=pydoc")
+        known = ("pydoc", "text", "table", "hf")
+        need(self.source in known, "data.source", self.source, "pydoc, text, table or hf", "data=pydoc")
+        several = isinstance(self.path, list) and self.source == "table" and all(isinstance(p, str) for p in self.path)
+        need(self.path is None or isinstance(self.path, str) or several, "data.path", self.path,
+             "a path (data=table takes a list of them as well)", "data.path=FILE")  # fmt: skip
+        need(self.rows in ("text", "chat", "labelled"), "data.rows", self.rows, "text, chat or labelled", "data.rows=text")
+        need(self.rows == "text" or self.source == "table", "data.rows", self.rows, "text unless data=table", "data=table")
+        need(set(self.message) == {"role", "content"}, "data.message", self.message, "a mapping of role and content",
+             "data.message={role: from, content: value}")  # fmt: skip
         need(set(self.fractions) == {"train", "validation", "selection", "test"}, "data.fractions", sorted(self.fractions),
              "a share for each of train, validation, selection, test")  # fmt: skip
         need(all(f > 0 for f in self.fractions.values()) and abs(sum(self.fractions.values()) - 1) < 1e-6, "data.fractions",
@@ -81,6 +99,8 @@ class Data:
             check_windows(f"data.{role}", getattr(self, role))
         if self.source == "text":
             need(bool(self.path), "data.path", self.path, "the path of a text file for data=text", "data.path=FILE")
+        if self.source == "table":
+            need(bool(self.path), "data.path", self.path, "files of rows for data=table", "data.path='DIRECTORY/*.jsonl'")
         hub = self.source == "hf" and self.path is None
         need(self.revision is None or hub, "data.revision", self.revision, "null unless data.name is a name of the hub")
         need(self.config is None or self.source == "hf", "data.config", self.config, "null unless data=hf", "data=hf")
@@ -99,15 +119,73 @@ class Speed:
     repeats: int = 3
 
 
+METRIC_NAME = re.compile(r"[A-Za-z][\w-]*")
+TAKEN = ("ppl", "kl", "acc", "acc_norm", "top1_agreement", "ppl_in_memory")
+"""Names beneath `quality/` that are not a user's to give."""
+
+
+@dataclass
+class Pairs:
+    """Minimal pairs of any JSONL file."""
+
+    path: str | None = None
+    good: str = "sentence_good"
+    bad: str = "sentence_bad"
+    group: str | None = None
+    """Column by which accuracy is told apart as well; None: no groups."""
+
+
+@dataclass
+class Metric:
+    """A Python function of the user that measures an export."""
+
+    name: str
+    function: str
+    """FILE.py:FUNCTION or MODULE:FUNCTION, called with (model, tokenizer, windows)."""
+    direction: str
+    """`lower` or `higher`: which is better."""
+
+
 @dataclass
 class Evaluation:
     dtype: str = "float32"
     windows: Windows = field(default_factory=Windows)
     tolerance: float = 0.005
     questions: Questions = field(default_factory=Questions)
+    tasks: list[str] = field(default_factory=list)
+    """Tasks, groups or tags of lm-eval."""
+    include_path: str | None = None
+    """A directory with tasks of one's own as YAML."""
+    num_fewshot: int | None = None
+    """Examples before each question of `tasks`; None: as many as the task says."""
+    limit: int | None = None
+    """Only so many questions of each of `tasks`, the first ones; None: all."""
+    pairs: Pairs = field(default_factory=Pairs)
+    metrics: list[Metric] = field(default_factory=list)
+    memory_gb: float | None = None
+    """What a model may take of a device while it is evaluated; a larger one is read block by block. None: what is free."""
     speed: Speed = field(default_factory=Speed)
 
     def __post_init__(self) -> None:
+        self.metrics = [m if isinstance(m, Metric) else Metric(**m) for m in self.metrics]
+        need(
+            self.num_fewshot is None or self.num_fewshot >= 0,
+            "evaluation.num_fewshot",
+            self.num_fewshot,
+            ">= 0 (null: the task's own)",
+        )
+        need(self.limit is None or self.limit >= 1, "evaluation.limit", self.limit, ">= 1 (null: all questions)")
+        need(self.memory_gb is None or self.memory_gb > 0, "evaluation.memory_gb", self.memory_gb, "> 0 (null: what is free)")
+        need(len(set(self.tasks)) == len(self.tasks), "evaluation.tasks", self.tasks, "names that occur once")
+        names = [m.name for m in self.metrics]
+        need(len(set(names)) == len(names), "evaluation.metrics", names, "metrics of different names")
+        for m in self.metrics:
+            key = f"evaluation.metrics: {m.name}"
+            need(bool(METRIC_NAME.fullmatch(m.name)), f"{key}: name", m.name, "letters, digits, _ and -")
+            need(m.name not in TAKEN, f"{key}: name", m.name, f"none of {', '.join(TAKEN)}, which Pare measures itself")
+            need(m.direction in ("lower", "higher"), f"{key}: direction", m.direction, "lower or higher, whichever is better")
+            function = bool(m.function.rpartition(":")[0]) and m.function.rpartition(":")[2].isidentifier()
+            need(function, f"{key}: function", m.function, "FILE.py:FUNCTION or MODULE:FUNCTION")
         need(self.dtype in DTYPES, "evaluation.dtype", self.dtype, "one of " + ", ".join(DTYPES), "evaluation.dtype=float32")
         check_windows("evaluation.windows", self.windows)
         need(self.tolerance > 0, "evaluation.tolerance", self.tolerance, "> 0", "evaluation.tolerance=0.005")
@@ -127,6 +205,21 @@ class Engine:
 
     def __post_init__(self) -> None:
         need(self.ranks >= 1, "engine.ranks", self.ranks, ">= 1", "engine.ranks=1")
+
+
+EXPORTS = ("auto", "dense", "compressed-tensors", "adapter", "gguf", "pare")
+
+
+@dataclass
+class Export:
+    """In what form a model is written down, opened again and measured."""
+
+    format: str = "auto"
+    """auto: the form that says exactly what the model is and that others can open, else Pare's own; or one of the others, which
+    fails where it cannot say the model."""
+
+    def __post_init__(self) -> None:
+        need(self.format in EXPORTS, "export.format", self.format, "one of " + ", ".join(EXPORTS), "export.format=auto")
 
 
 ADDRESS = re.compile(r"local|auto|(ray://)?[^\s:/]+:\d{1,5}")
@@ -229,6 +322,7 @@ GROUPS: dict[str, type] = {
     "data": Data,
     "evaluation": Evaluation,
     "engine": Engine,
+    "export": Export,
     "cluster": Cluster,
     "tracking": Tracking,
     "store": StoreOptions,

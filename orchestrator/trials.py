@@ -31,6 +31,7 @@ from pare.orchestrator.schema import (
     Data,
     Engine,
     Evaluation,
+    Export,
     Model,
     Query,
     StoreOptions,
@@ -38,7 +39,7 @@ from pare.orchestrator.schema import (
     need,
 )
 
-TRIAL_PARTS = ("model", "data", "evaluation", "engine", "seed", "dtype")
+TRIAL_PARTS = ("model", "data", "evaluation", "engine", "export", "seed", "dtype")
 """Top-level keys that belong to a trial; beside them each stage of its recipe is a part, `recipe.NAME`."""
 
 SWEEP_PARTS = ("cluster", "tracking", "store", "budget")
@@ -80,6 +81,7 @@ class Trial:
     data: Data
     evaluation: Evaluation
     engine: Engine
+    export: Export
     seed: int
     dtype: str
     stages: list[Stage] = field(default_factory=list)
@@ -283,9 +285,21 @@ def method_at(where: str, node: Any) -> type[Method]:
     return cls
 
 
+def is_imported(trial: Trial) -> bool:
+    """Whether the trial is a checkpoint made elsewhere: all of it is an export, and there is nothing to work on."""
+    return any(METHODS[stage.method].kind == "import" for stage in trial.stages)
+
+
 def check_members(trials: list[Trial]) -> None:
-    """Refuses merges that stand at a wrong place or whose queries find nothing or each other."""
+    """Refuses merges that stand at a wrong place or whose queries find nothing or each other, and stages beside an import."""
     blocks = {trial.block for trial in trials}
+    for trial in trials:
+        if is_imported(trial) and len(trial.stages) > 1:
+            other = next(stage.name for stage in trial.stages if METHODS[stage.method].kind != "import")
+            raise ConfigError(
+                f"block {trial.block!r}: a checkpoint made elsewhere is measured as it is, and no other stage can stand beside "
+                f"it. Drop recipe.{other}; a dense model that is to be worked on is named by model.path"
+            )
     edges: dict[str, set[str]] = {}
     for trial in trials:
         for position, stage in enumerate(trial.stages):
@@ -304,6 +318,12 @@ def check_members(trials: list[Trial]) -> None:
                         f"{where}.members.blocks: there is no block {block!r} in this sweep.{nearest(block, blocks)} "
                         f"A merge takes trials of its own sweep, for example: recipe=lora,{trial.recipe}"
                     )
+            foreign = next((t for t in candidates(trial, trials) if is_imported(t)), None)
+            if foreign:
+                raise ConfigError(
+                    f"{where}.members.blocks: {foreign.name!r} was made elsewhere, and nothing is known of what it is made of. "
+                    "A merge takes trials that this sweep makes"
+                )
             edges.setdefault(trial.block, set()).update(matching(stage.members.blocks, blocks))
     try:
         graphlib.TopologicalSorter(edges).prepare()

@@ -54,7 +54,7 @@ ROUNDING, SEARCH = 200, 5000
 QUESTION_TOKENS = (55, 11)
 """Tokens of the context of a question, and of one of its choices."""
 
-MADE_OF_TEXT = frozenset({"corpus", "questions"})
+MADE_OF_TEXT = frozenset({"corpus", "questions", "pairs", "benchmark"})
 """Task types that no model takes part in."""
 
 
@@ -224,6 +224,14 @@ def questions(job: Job) -> Work:
     return Work(fixed_s=0.05, memory=1e7, disk=600.0 * job.spec["n"])
 
 
+def pairs(job: Job) -> Work:
+    return Work(fixed_s=0.05, memory=1e7, disk=1e6)
+
+
+def benchmark(job: Job) -> Work:
+    return Work(fixed_s=LM_EVAL_S, memory=LM_EVAL, disk=1e6)
+
+
 def tokens(job: Job) -> Work:
     n = job.spec["sequences"] * job.spec["length"]
     return Work(fixed_s=0.7 + n / TOKENS_PER_S, memory=5e7 + 60 * n, disk=8 * n)
@@ -274,6 +282,11 @@ def train(job: Job) -> Work:
     state = 0 if adapter else 12 * s.parameters
     disk = made_by(job).operands
     return work + Work(memory=job.loading().memory + kept + state + TRAINER + 2 * disk, disk=disk)
+
+
+def adopt(job: Job) -> Work:
+    stored = job.shape.parameters * job.shape.weight_bytes
+    return job.loading() + Work(moved=stored * 10, fixed_s=IMPORT_S, disk=stored + TOKENIZER)
 
 
 def export(job: Job) -> Work:
@@ -348,7 +361,8 @@ def assemble(job: Job) -> Work:
 WORK: dict[str, Callable[[Job], Work]] = {
     f.__name__: f
     for f in (
-        import_model, corpus, questions, tokens, score, calibrate, compress, train, export, evaluate, speed, merge, levels,
+        import_model, adopt, corpus, questions, pairs, benchmark, tokens, score, calibrate, compress, train, export, evaluate,
+        speed, merge, levels,
         allocate, assemble,
     )
 }  # fmt: skip

@@ -13,6 +13,8 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.guide import guide
+
 pytestmark = pytest.mark.slow
 
 PARE = [sys.executable, "-m", "pare"]
@@ -261,3 +263,17 @@ def test_a_tracking_server_that_is_down_costs_no_result(tmp_path: Path) -> None:
     assert done.returncode == 6, done.stderr[-3000:]
     assert "tracking is behind" in done.stderr
     assert {t["status"] for t in report(tmp_path)["trials"]} == {"done"}
+
+
+def test_the_command_of_the_guide_runs_its_method_from_a_file_outside_the_repository(tmp_path: Path) -> None:
+    code, _, command = guide()
+    (tmp_path / "sign.py").write_text(code)
+    few = ["data.calibration={sequences: 4, length: 64}", "tracking.enabled=false", "model=tiny"]
+    pare(tmp_path / "home", *command.split()[1:], *few, *SMALL, cwd=tmp_path)
+
+    trials = report(tmp_path / "home")["trials"]
+    assert len(trials) == 2
+    for trial in trials:
+        # A bit for each weight, and a bf16 scale for each row of some hundred.
+        assert 1 < trial["metrics"]["size/linear_bits_per_weight"] < 1.5, trial
+        assert trial["metrics"]["quality/ppl"] > 1

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import os
 import pkgutil
 import re
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-import pytest
+from tests.guide import guide
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("methods", "workers", "orchestrator", "tracking", "conf")
@@ -87,27 +88,30 @@ def test_the_readmes_links_and_verbs_exist() -> None:
     assert all(f"\n{target}:" in makefile for target in targets)
 
 
-def test_the_example_of_the_guide_is_a_method_that_works(tmp_path: Path) -> None:
-    import torch
+def test_the_method_of_the_guide_passes_its_own_test_and_the_shared_suite(tmp_path: Path) -> None:
+    code, test, _ = guide()
+    (tmp_path / "sign.py").write_text(code)
+    (tmp_path / "conftest.py").write_text("import sign\n")
+    (tmp_path / "test_sign.py").write_text(test)
+    (tmp_path / "test_suite.py").write_text("from tests.methods.test_every_method import *  # noqa: F403\n")
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(tmp_path),
+        "-k",
+        "sign",
+        str(tmp_path),
+    ]
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(words, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
 
-    from pare.methods.contract import METHODS, Context, InputGroup
-
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "add-a-method.md").read_text(), re.S)[0]
-    file = tmp_path / "sign.py"
-    file.write_text(code)
-    from pare.orchestrator.config import load_plugin
-
-    try:
-        load_plugin(str(file))
-        weight = torch.tensor([[1.0, -3.0], [2.0, 2.0]])
-
-        made = METHODS["sign"](scale=0.5).compress(InputGroup("g", {"w": weight}), Context(torch.device("cpu")))["w"]
-
-        assert torch.equal(made.materialise(), torch.tensor([[1.0, -1.0], [1.0, 1.0]]))
-        with pytest.raises(ValueError, match=r"sign.scale must be in \(0, inf\), got 0"):
-            METHODS["sign"](scale=0)
-    finally:
-        METHODS.pop("sign", None)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(re.findall(r"(\d+) passed", done.stdout)[0]) >= 8, done.stdout
 
 
 def test_no_file_holds_a_path_of_the_machine_it_was_written_on() -> None:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pare.tracking.record import Record, Trial, has_deployment_speed, measured, metric
+from pare.tracking.record import Record, Trial, direction, has_deployment_speed, measured, metric
 
 Objective = tuple[str, str]
 """(name of a metric, "min" or "max")."""
 
 SIZE_AND_PERPLEXITY: tuple[Objective, ...] = (("size/bytes", "min"), ("quality/ppl", "min"))
+
+
+def objective(record: Record, name: str) -> Objective:
+    """A metric as an objective of the front, with the direction that its trials declare."""
+    return name, "min" if direction(record, name) == "lower" else "max"
 
 
 def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
@@ -23,11 +28,11 @@ def front(record: Record, objectives: Sequence[Objective] = SIZE_AND_PERPLEXITY)
     Only equal kinds of figures share a front: a trial that lacks one of the metrics, or has NaN for it, is no member, nor
     is one whose speed or memory is noted to be no deployment figure when the objectives ask for speed or memory.
     """
-    for name, direction in objectives:
-        if direction not in ("min", "max"):
-            raise ValueError(f"the direction of objective {name!r} must be 'min' or 'max', got {direction!r}")
+    for name, best in objectives:
+        if best not in ("min", "max"):
+            raise ValueError(f"the direction of objective {name!r} must be 'min' or 'max', got {best!r}")
     of_runtime = any(name.startswith(("speed/", "memory/")) for name, _ in objectives)
-    signs = {name: 1.0 if direction == "min" else -1.0 for name, direction in objectives}
+    signs = {name: 1.0 if best == "min" else -1.0 for name, best in objectives}
 
     def point(trial: Trial) -> tuple[float, ...]:
         return tuple(sign * value for name, sign in signs.items() if (value := metric(trial, name)) is not None)

@@ -11,7 +11,8 @@
                     wall_s}; saved {by_sharing_s, by_cache_s}; estimates, see `orchestrator.estimate.accuracy`
     trials          [{trial, block, recipe, overrides, status, metrics, artifact, export_path, opens_with, pareto, error,
                     notes, tasks [{task, type, label, status, wall_s, shared_by}], config, curves {name: [[step, value]]},
-                    windows {nll: [sum over each test window], tokens: [...]}, uid}]
+                    windows {nll: [sum over each test window], tokens: [...]}, answers {metric: a character for each question:
+                    1 right, 0 wrong, 5 half}, directions {metric: "higher" or "lower"}, uid}]
 
 Times are ISO 8601. A metric that was not measured is absent or null. An error is {failure, message, task or null}.
 """
@@ -48,6 +49,16 @@ def measured(record: Record, *names: str) -> list[Trial]:
 def base_trial(record: Record) -> Trial | None:
     """The finished trial of the uncompressed, untuned model, if there is one."""
     return next((t for t in measured(record, "quality/ppl") if t["recipe"] == BASE_RECIPE), None)
+
+
+LOWER = ("quality/ppl", "quality/kl", "size/", "memory/", "cost/")
+"""Beginnings of the names of metrics of which less is better; of others more is, unless a trial says otherwise."""
+
+
+def direction(record: Record, name: str) -> str:
+    """Which is better of a metric: `lower` or `higher`."""
+    said = (t["directions"][name] for t in record["trials"] if name in (t.get("directions") or {}))
+    return next(said, "lower" if name.startswith(LOWER) else "higher")
 
 
 def has_deployment_speed(trial: Trial) -> bool:

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pare.tracking import drawing, plots, reading, units
+from pare.tracking import comparisons, drawing, plots, reading, units
+from pare.tracking.paired import Difference, compare
 from pare.tracking.record import (
     NO_DEPLOYMENT_FIGURE,
     Record,
     Trial,
     base_trial,
+    direction,
     has_deployment_speed,
     labels,
     measured,
@@ -28,10 +30,13 @@ MOST_ROWS = 40
 ORDER = ("quality/kl", "quality/top1", "quality/acc", "size/bytes", "size/")
 """In which the columns stand."""
 MARKS = {"done": "", "failed": "✗", "running": "▶", "pending": "·", "skipped": "–"}
-ON_FRONT = "●"
+ON_FRONT, NOT_APART = "●", "≈"
+MOST_TASKS = 8
+"""Columns of accuracy: those with the most questions; a group of tasks has more than each of its tasks."""
 MOST_DETAILS = 300
 """Trials that the page shows in full."""
 
+DIFFERENCES = ("trial", "metric", "against the base", "against the best", "the best")
 TITLES = {
     "front": "Quality against size",
     "recipes": "Which recipe won where",
@@ -62,9 +67,20 @@ def columns(record: Record) -> list[Column]:
     names = {name for t in record["trials"] for name, value in t["metrics"].items() if value is not None}
     runtimes = sorted({name.split("/")[1] for name in names if name.startswith(("speed/", "memory/"))})
 
+    differences: dict[str, Difference | None] = {}
+
+    def difference_to_base(t: Trial, base: Trial) -> Difference | None:
+        if t["trial"] not in differences:  # the same cell is asked for again and again
+            differences[t["trial"]] = compare(t, base)
+        return differences[t["trial"]]
+
     def against_base(t: Trial) -> str:
         ppl = metric(t, "quality/ppl")
-        return units.MISSING if ppl is None or t is base or not base_ppl else units.percent(ppl / base_ppl - 1, signed=True)
+        if ppl is None or base is None or t is base or not base_ppl:
+            return units.MISSING
+        difference = difference_to_base(t, base)
+        mark = "" if difference is None or difference.beyond_noise else f" {NOT_APART}"
+        return units.percent(ppl / base_ppl - 1, signed=True) + mark
 
     def perplexity(t: Trial) -> str:
         if t["status"] != "done" and t["metrics"].get("quality/ppl") is None:
@@ -74,7 +90,7 @@ def columns(record: Record) -> list[Column]:
         return units.interval(t["metrics"]["quality/ppl"], metric(t, "quality/ppl_low"), metric(t, "quality/ppl_high"))
 
     def of(name: str, title: str, show: Callable[[float | None], str], about: str, rank: int) -> Column:
-        best = None if name.startswith("cost/") else (name, max if "/acc/" in name or "top1" in name else min)
+        best = None if name.startswith("cost/") else (name, min if direction(record, name) == "lower" else max)
         return Column(title, lambda t: show(t["metrics"].get(name)), about, rank, best=best)
 
     def by_runtime(
@@ -111,14 +127,19 @@ def columns(record: Record) -> list[Column]:
     ]
     if base and len(record["trials"]) > 1:
         found.append(Column("vs base", against_base, "change of perplexity against the base", rank=1))
+    tasks = accuracies(record, names)
+    known = {name for t in record["trials"] for name in t.get("directions") or {} if not name.startswith("quality/acc")}
     for name in sorted(names, key=lambda name: (next((i for i, start in enumerate(ORDER) if name.startswith(start)), 0), name)):
         task = name.removeprefix("quality/acc/")
         if name == "quality/kl":
             found.append(of(name, "KL", units.number, "divergence from the base's predictions, nats a token", 4))
         elif name == "quality/top1_agreement":
             found.append(of(name, "same top", units.percent, "positions where the likeliest token is the base's", 8))
-        elif name.startswith("quality/acc/") and not name.endswith(("_low", "_high")):
+        elif name in tasks:
             found.append(of(name, f"acc {task}", units.percent, f"accuracy on {task}; higher is better", 5))
+        elif name in known:
+            better = f"{direction(record, name)} is better"
+            found.append(of(name, name.removeprefix("quality/"), units.number, f"{name}; {better}", 5))
         elif name == "size/bytes":
             found.append(of(name, "size", units.size, "all weight files with headers", 1))
         elif name == "size/bits_per_weight":
@@ -133,6 +154,18 @@ def columns(record: Record) -> list[Column]:
     if "cost/gpu_s" in names:
         found.append(of("cost/gpu_s", "GPU time", units.duration, "GPU-seconds of its tasks", 7))
     return found
+
+
+def accuracies(record: Record, names: set[str]) -> set[str]:
+    """The accuracies that have a column. Those of single groups of minimal pairs stand with each trial."""
+    found = [n for n in names if n.startswith("quality/acc/") and not n.endswith(("_low", "_high"))]
+    found = [n for n in found if not n.startswith("quality/acc/pairs.")]
+
+    def questions(name: str) -> float:
+        count = f"eval/questions/{name.removeprefix('quality/acc/')}"
+        return max(metric(t, count) or 0 for t in record["trials"])
+
+    return set(sorted(found, key=lambda n: (-questions(n), n))[:MOST_TASKS])
 
 
 def best_trials(record: Record, column: Column) -> list[str]:
@@ -155,12 +188,14 @@ def headline(record: Record) -> str:
     base = about["base"]
     sizes = [f"{units.parameters(base['parameters'])} parameters"] if base.get("parameters") else []
     sizes += [units.size(base["bytes"])] if base.get("bytes") else []
-    tokens = about["evaluation"].get("test_tokens")
+    protocol = about["evaluation"].get("protocol")
+    tokens = about["evaluation"].get("test_tokens") if not protocol else None
     return (
         base["name"]
         + (f" ({', '.join(sizes)})" if sizes else "")
         + f" on {about['data']}"
         + (f", {tokens:,} test tokens" if tokens else "")
+        + (f", {protocol}" if protocol else "")
         + f"; {about['status']}, {units.duration(about.get('wall_s'))}"
     )
 
@@ -195,6 +230,8 @@ def legend(record: Record, shown: Sequence[Column]) -> list[str]:
         else []
     )
     signed = any(column.cell(t).endswith("†") for column in shown for t in record["trials"])
+    if any(NOT_APART in column.cell(t) for column in shown if column.title == "vs base" for t in record["trials"]):
+        lines.append(f"{NOT_APART} not distinguishable from the base: the interval of the difference holds zero.")
     return lines + ([f"† {NO_DEPLOYMENT_FIGURE}: see the notes."] if signed else [])
 
 
@@ -324,6 +361,10 @@ def markdown(record: Record, pictures: Sequence[str] = ()) -> str:
     lines += [f"- {md(s)}" for s in reading.sharing(record)]
     if costs := reading.costs(record):
         lines += ["", "## Cost", "", *(f"- {md(s)}" for s in costs)]
+    if differences := comparisons.rows(record):
+        head = DIFFERENCES
+        lines += ["", "## Differences", "", comparisons.HOW, "", table_row(head), table_row((":--",) * len(head))]
+        lines += [table_row(map(md, (row.trial, row.metric, row.base, row.best, row.winner))) for row in differences]
     for title, found in (("Failed", failures(record)), ("Notes", notes(record))):
         if found:
             lines += ["", f"## {title}", "", *("- " + ": ".join([f"**{md(row[0])}**", *map(md, row[1:])]) for row in found)]
@@ -368,6 +409,7 @@ def html(record: Record, pictures: Mapping[str, str]) -> str:
         bullets("What it says", reading.sentences(record)),
         figure("front", figures),
         html_table(record),
+        html_differences(record),
         bullets("Failed", [": ".join(row) for row in failures(record)]),
         *(figure(name, figures) for name in ("recipes", "cost", "sharing")),
         bullets("Sharing", reading.sharing(record)),
@@ -440,6 +482,16 @@ def html_table(record: Record) -> str:
     below = "".join(f"<p class=dim>{esc(line)}</p>" for line in legend(record, shown))
     table = f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     return f"<section><h2>Trials</h2>{table}{below}</section>"
+
+
+def html_differences(record: Record) -> str:
+    rows = [(row.trial, row.metric, row.base, row.best, row.winner) for row in comparisons.rows(record)]
+    if not rows:
+        return ""
+    head = "".join(f"<th class=t>{esc(title)}</th>" for title in DIFFERENCES)
+    body = "".join(f"<tr>{''.join(f'<td class=t>{esc(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    table = f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return f"<section><h2>Differences</h2><p class=dim>{esc(comparisons.HOW)}</p>{table}</section>"
 
 
 def html_trial(i: int, t: Trial, name: str) -> str:

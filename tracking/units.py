@@ -92,3 +92,13 @@ def interval(value: float | None, low: float | None, high: float | None) -> str:
     if value is None or low is None or high is None:
         return number(value)
     return f"{number(value)} ({number(low)}–{number(high)})"
+
+
+def protocol(windows: int, length: int) -> str:
+    """How perplexity is measured, in words; the first token of a window is read and not predicted.
+
+    >>> protocol(8, 512)
+    '8 windows of 512 tokens, no overlap, no context carried over: 4,088 tokens predicted'
+    """
+    predicted = windows * (length - 1)
+    return f"{windows:,} windows of {length:,} tokens, no overlap, no context carried over: {predicted:,} tokens predicted"

@@ -1,19 +1,20 @@
-"""How good a model is at predicting text: perplexity, KL to the base, top-1 agreement, multiple choice.
+"""How good a model is at predicting text: perplexity, KL to the base, top-1 agreement, minimal pairs.
 
 All of it is next-token prediction over fixed windows that do not overlap: in a window of `length` tokens every token but
-the first is predicted from those before it in the same window. Logarithms are taken in float32 whatever the model's
-dtype. The base is not run again for each trial: its final hidden states are stored once (the *teacher*), and its logits
-are made from them, a slice of positions at a time, by its own output head.
+the first is predicted from those before it in the same window; no context is carried over from one window to the next.
+Logits are made and logarithms taken in float32 whatever the model's dtype. The base is not run again for each trial: its
+final hidden states are stored once (the *teacher*), and its logits are made from them, a slice of positions at a time, by
+its own output head.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,9 +22,6 @@ from torch import Tensor, nn
 
 from pare.workers.models import ModelArtifact
 from pare.workers.task import TaskError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 LOGIT_BYTES = 64 << 20
 """Logits over the vocabulary are made for so many positions at a time that one float32 matrix of them has this size."""
@@ -34,12 +32,16 @@ FORWARD_TOKENS = 2048
 DRAWS = 1000
 """Bootstrap draws behind an interval."""
 
+HEAD_ROWS = 8192
+"""Rows of a head of lower precision that are in float32 at a time."""
+
 
 class Head:
     """The way from a final hidden state to logits: a matrix, and what some families do to its output."""
 
     def __init__(self, project: Callable[[Tensor], Tensor], config: Mapping[str, Any]) -> None:
         self.project = project
+        self.vocabulary: int = config["vocab_size"]
         self.cap: float | None = config.get("final_logit_softcapping")
         self.factor: float = config.get("logit_scale") or 1 / (config.get("logits_scaling") or 1)
 
@@ -47,6 +49,26 @@ class Head:
         """hidden (positions, width) -> logits (positions, vocabulary), float32."""
         logits = self.project(hidden).float() * self.factor
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def in_float32(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    """hidden (positions, width) -> hidden @ weight.T + bias in float32, whatever the dtype of weight (vocabulary, width)."""
+
+    def project(hidden: Tensor) -> Tensor:
+        x = hidden.float()
+        if weight.dtype == torch.float32:
+            return nn.functional.linear(x, weight, bias)
+        logits = torch.cat([nn.functional.linear(x, rows.float()) for rows in weight.split(HEAD_ROWS)], dim=-1)
+        return logits if bias is None else logits + bias.float()
+
+    return project
+
+
+def head_of(model: nn.Module) -> Head:
+    """The model's own head; a plain linear one computes in float32, any other as it will."""
+    output = model.get_output_embeddings()
+    plain = type(output) is nn.Linear and output.weight.is_floating_point()
+    return Head(in_float32(output.weight, output.bias) if plain else output, model.config.to_dict())
 
 
 def body_and_head(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Head]:
@@ -58,7 +80,7 @@ def body_and_head(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Head]:
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     body: nn.Module = model.base_model
-    head = Head(model.get_output_embeddings(), model.config.to_dict())
+    head = head_of(model)
 
     def hidden_states(ids: Tensor) -> Tensor:
         return body(input_ids=ids, use_cache=False).last_hidden_state
@@ -67,7 +89,7 @@ def body_and_head(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Head]:
     with torch.inference_mode():
         # Comes first: a checkpoint of compressed-tensors decompresses itself when the whole model is called, not its body.
         whole = model(input_ids=probe, use_cache=False).logits.float()
-        parts = head(hidden_states(probe)[0])
+        parts = head(hidden_states(probe)[0].to(whole.device))
     if whole.isnan().any():
         raise TaskError("the model's logits are not numbers", "nonfinite")
     if not torch.allclose(whole[0], parts, rtol=1e-2, atol=1e-2 * whole.abs().max().item()):
@@ -76,6 +98,36 @@ def body_and_head(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Head]:
             "extend `Head` in pare/workers/evaluation.py",
         )
     return hidden_states, head
+
+
+class Reader(Protocol):
+    """A model as evaluation reads it, however much of it is in memory at a time."""
+
+    model: nn.Module
+    """What there is of it in memory."""
+    head: Head
+    device: torch.device
+    """Where final hidden states come out, and where the head is."""
+
+    def hidden(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Final hidden states (sequences, length, width) of each batch of ids (sequences, length), in order."""
+
+
+class Whole:
+    """A model that is in memory as a whole, on one device or spread over several."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.body, self.head = body_and_head(model)
+        self.entry = next(model.parameters()).device
+        self.device = next(model.get_output_embeddings().parameters(), next(model.parameters())).device
+
+    def hidden(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        return (self.body(ids.to(self.entry)).to(self.device) for ids in batches)
+
+
+def reader_of(model: nn.Module | Reader) -> Reader:
+    return Whole(model) if isinstance(model, nn.Module) else model
 
 
 @dataclass
@@ -101,7 +153,7 @@ class Predictions:
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module,
+    model: nn.Module | Reader,
     ids: Tensor,
     teacher: Teacher | None = None,
     keep_hidden: bool = False,
@@ -112,21 +164,20 @@ def predict(
         raise ValueError(f"windows must be (sequences, length >= 2), got {tuple(ids.shape)}")
     if teacher and teacher.hidden.shape[:2] != ids.shape:
         raise ValueError(f"the teacher saw windows of {tuple(teacher.hidden.shape[:2])}, not of {tuple(ids.shape)}")
-    body, head = body_and_head(model)
-    device = next(model.parameters()).device
+    read = reader_of(model)
     n, length = ids.shape
     rows = max(1, FORWARD_TOKENS // length)
     nll, kl, agree, kept = [], [], [], []
-    for start in range(0, n, rows):
-        batch = ids[start : start + rows].to(device)
-        hidden = body(batch)
+    batches = ids.split(rows)
+    for i, (batch, hidden) in enumerate(zip(batches, read.hidden(batches), strict=True)):
         if keep_hidden:
             kept.append(hidden.cpu())
-        student = hidden[:, :-1].flatten(0, 1)
-        base = teacher.hidden[start : start + rows, :-1].flatten(0, 1).to(device) if teacher else None
-        for positions in slices(len(student), model.config.vocab_size):
-            log_q = head(student[positions]).log_softmax(-1)
-            nll.append(-log_q.gather(1, batch[:, 1:].flatten()[positions, None])[:, 0].cpu())
+        student, targets = hidden[:, :-1].flatten(0, 1), batch[:, 1:].flatten().to(read.device)
+        start = i * rows
+        base = teacher.hidden[start : start + rows, :-1].flatten(0, 1).to(read.device) if teacher else None
+        for positions in slices(len(student), read.head.vocabulary):
+            log_q = read.head(student[positions]).log_softmax(-1)
+            nll.append(-log_q.gather(1, targets[positions, None])[:, 0].cpu())
             if base is not None and teacher is not None:
                 log_p = teacher.head(base[positions]).log_softmax(-1)
                 agree.append((log_p.argmax(-1) == log_q.argmax(-1)).float().cpu())
@@ -142,6 +193,58 @@ def predict(
     return predictions, torch.cat(kept) if kept else None
 
 
+@torch.inference_mode()
+def row_likelihoods(model: nn.Module | Reader, rows: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
+    """For each row of ids, of every token but the first: its log-likelihood in nats, float64, and whether it is the likeliest.
+
+    Rows of any lengths, each of two tokens or more. Equal rows get the same numbers, to the last bit; which rows run together
+    does not depend on the model.
+    """
+    distinct = sorted(dict.fromkeys(tuple(row) for row in rows), key=len)
+    batches: list[list[tuple[int, ...]]] = []
+    for row in distinct:
+        if not batches or (len(batches[-1]) + 1) * len(row) > FORWARD_TOKENS:
+            batches.append([])
+        batches[-1].append(row)
+    # Padding stands behind a row, where causal attention keeps it out of sight; the last token is predicted, not read.
+    longest = [len(batch[-1]) for batch in batches]
+    ids = [torch.tensor([[*row, *[row[0]] * (n - len(row))] for row in b]) for b, n in zip(batches, longest, strict=True)]
+    read = reader_of(model)
+    found: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+    for batch, tokens, hidden in zip(batches, ids, read.hidden([x[:, :-1] for x in ids]), strict=True):
+        before, targets = hidden.flatten(0, 1), tokens[:, 1:].flatten().to(read.device)
+        likelihood, greedy = [], []
+        for positions in slices(len(before), read.head.vocabulary):
+            log_p = read.head(before[positions]).log_softmax(-1)
+            likelihood.append(log_p.gather(1, targets[positions, None])[:, 0].double().cpu())
+            greedy.append((log_p.argmax(-1) == targets[positions]).cpu())
+        whole = [torch.cat(pieces).view(len(batch), -1) for pieces in (likelihood, greedy)]
+        found |= {row: (whole[0][i, : len(row) - 1], whole[1][i, : len(row) - 1]) for i, row in enumerate(batch)}
+    return [found[tuple(row)] for row in rows]
+
+
+def sentence_likelihoods(model: nn.Module | Reader, tokenizer: Any, sentences: Sequence[str]) -> list[float]:
+    """Log-likelihood in nats of all tokens of each sentence, the first of them after the beginning-of-text token, or the
+    end-of-text token where there is none."""
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise TaskError("pairs: the tokenizer has neither a beginning- nor an end-of-text token for a sentence to stand behind")
+    rows = [[start, *tokenizer(s, add_special_tokens=False, verbose=False).input_ids] for s in sentences]
+    if empty := [s for s, row in zip(sentences, rows, strict=True) if len(row) < 2]:
+        raise TaskError(f"pairs: {empty[0]!r} has no token")
+    found = [likelihood.sum().item() for likelihood, _ in row_likelihoods(model, rows)]
+    if broken := [s for s, value in zip(sentences, found, strict=True) if not math.isfinite(value)]:
+        raise TaskError(f"pairs: the model gives {broken[0]!r} no finite likelihood", "nonfinite")
+    return found
+
+
+def prefers_good(model: nn.Module | Reader, tokenizer: Any, pairs: Sequence[Mapping[str, str]]) -> list[float]:
+    """For each minimal pair 1 where the model finds the good sentence likelier than the bad one, 0 where it does not, and
+    1/2 where both are equally likely."""
+    likelihoods = sentence_likelihoods(model, tokenizer, [pair[side] for pair in pairs for side in ("good", "bad")])
+    return [0.5 if a == b else float(a > b) for a, b in zip(likelihoods[::2], likelihoods[1::2], strict=True)]
+
+
 def slices(positions: int, vocabulary: int) -> list[slice]:
     step = max(1, LOGIT_BYTES // (4 * vocabulary))
     return [slice(i, i + step) for i in range(0, positions, step)]
@@ -155,6 +258,8 @@ def summary(predictions: Predictions) -> dict[str, float]:
         "quality/ppl_low": low,
         "quality/ppl_high": high,
         "eval/tokens": predictions.nll.numel(),
+        "eval/windows": len(predictions.nll),
+        "eval/window_length": predictions.nll.shape[1] + 1,
     }
     if predictions.kl is not None and predictions.agree is not None:
         metrics["quality/kl"] = predictions.kl.double().mean().item()
@@ -202,94 +307,9 @@ def open_teacher(
     head = {role: model.materialise(name).to(device, dtype) for role, name in content["head"].items()}
     config = json.loads((model.dense.directory / "config.json").read_text())
     hidden = load_file(directory / "hidden.safetensors")["hidden"].to(dtype)
-    return Teacher(hidden, Head(lambda h: nn.functional.linear(h, **head), config))
+    return Teacher(hidden, Head(in_float32(**head), config))
 
 
 def read_windows(directory: Path) -> Tensor:
     """The windows of a `tokens` artifact, int64 (sequences, length)."""
     return load_file(directory / "tokens.safetensors")["input_ids"]
-
-
-# --- multiple choice --------------------------------------------------------------------------------------------------
-
-
-def multiple_choice(model: nn.Module, tokenizer: Any, questions: Sequence[Mapping[str, Any]], task: str) -> dict[str, float]:
-    """Accuracy on questions {"context", "choices", "label"} through lm-eval, zero-shot.
-
-    `acc` takes the likeliest choice, `acc_norm` the likeliest one per character. Nothing is cached: lm-eval's cache does
-    not know one model from another.
-    """
-    import datasets
-    from lm_eval.evaluator import evaluate
-    from lm_eval.tasks import TaskManager
-
-    config = {
-        "task": task,
-        "custom_dataset": lambda **kwargs: {"test": datasets.Dataset.from_list([dict(q) for q in questions])},
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "context",
-        "doc_to_choice": "choices",
-        "doc_to_target": "label",
-        "num_fewshot": 0,
-        "metric_list": [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in ("acc", "acc_norm")],
-    }
-    loaded = TaskManager(include_defaults=False).load([config])
-    # The standard error of a mean has a formula, so these iterations are only lm-eval's word for "give it".
-    outcome = evaluate(lm=scorer(model, tokenizer), task_dict=loaded, bootstrap_iters=1, log_samples=False)
-    result = outcome["results"][task]
-    return {
-        f"quality/acc/{task}": result["acc,none"],
-        f"quality/acc_stderr/{task}": result["acc_stderr,none"],
-        f"quality/acc_norm/{task}": result["acc_norm,none"],
-        f"quality/acc_norm_stderr/{task}": result["acc_norm_stderr,none"],
-    }
-
-
-def scorer(model: nn.Module, tokenizer: Any) -> Any:
-    """lm-eval's language model around `model`, which reads the context that the choices share only once.
-
-    lm-eval runs context and choice together for every choice, and the head over all of it; with four choices and a context
-    longer than the choices that is most of the work. Likelihoods are the same up to rounding, and a test holds them to that.
-    """
-    from lm_eval.models.huggingface import HFLM
-
-    class SharedContext(HFLM):
-        def _loglikelihood_tokens(
-            self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
-        ) -> list[tuple[float, bool]]:
-            if any(len(context) + len(choice) > self.max_length for _, context, choice in requests):
-                return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
-            by_context: dict[tuple[int, ...], list[int]] = {}
-            for i, (_, context, _) in enumerate(requests):
-                by_context.setdefault(tuple(context), []).append(i)
-            answers: dict[int, tuple[float, bool]] = {}
-            for context, members in by_context.items():
-                choices = [requests[i][2] for i in members]
-                answers |= zip(members, continuations(model, list(context), choices), strict=True)
-            return [answers[i] for i in range(len(requests))]
-
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return SharedContext(pretrained=plain, tokenizer=tokenizer, batch_size=1)
-
-
-@torch.inference_mode()
-def continuations(model: nn.Module, context: Sequence[int], choices: Sequence[Sequence[int]]) -> list[tuple[float, bool]]:
-    """For each choice: (log-likelihood of its tokens after the context, whether greedy decoding would give them)."""
-    device = next(model.parameters()).device
-    first = model(input_ids=torch.tensor([context], device=device), use_cache=True, logits_to_keep=1)
-    start = first.logits.float().log_softmax(-1).expand(len(choices), -1, -1)
-    longest = max(map(len, choices))
-    # Padding stands behind a choice, where causal attention keeps it out of sight.
-    tokens = torch.tensor([[*choice, *[0] * (longest - len(choice))] for choice in choices], device=device)
-    log_p = start
-    if longest > 1:
-        cache = first.past_key_values
-        cache.batch_repeat_interleave(len(choices))
-        rest = model(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True)
-        log_p = torch.cat([start, rest.logits.float().log_softmax(-1)], dim=1)
-    likelihood = log_p.gather(2, tokens[..., None])[..., 0]
-    greedy = log_p.argmax(-1) == tokens
-    return [
-        (likelihood[i, : len(choice)].sum().item(), bool(greedy[i, : len(choice)].all())) for i, choice in enumerate(choices)
-    ]

@@ -37,8 +37,10 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "DISABLE_MULTIPROC": "1",
 }
-"""An export is opened from its directory, never from the network, and the log holds no progress bars."""
+"""An export is opened from its directory, never from the network, the log holds no progress bars, and lm-eval draws its
+intervals in this process, which has the cores that the task has."""
 
 
 class FreshProcess:

@@ -66,7 +66,7 @@ class Worker:
 def ran(home: Path, *overrides: str, fail: dict[str, list[str]] | None = None, config_dir: Path | None = None) -> Worker:
     """Runs a sweep in `home`; what its worker was asked to do."""
     experiment = config.load([*TINY, *overrides], str(config_dir) if config_dir else None)
-    graph, device = commands.planned(experiment)
+    graph, device = commands.planned(experiment, home)
     worker = Worker(Store(Path(experiment.store.url or home / "store")), home / "logs", fail)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "draw", lambda record: {})  # pictures take seconds

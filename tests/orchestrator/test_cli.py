@@ -176,3 +176,70 @@ def test_doctor_reports_a_cpu_build_of_torch_on_a_machine_with_gpus(monkeypatch:
     assert found["state"] == "fail"
     assert "CPU-only" in found["found"]
     assert found["remedy"] == "make setup TORCH=cuda"
+
+
+def test_doctor_shows_what_a_model_is_made_of_and_whether_it_holds(
+    here: Path, capsys: pytest.CaptureFixture, tiny_model_dir: Path
+) -> None:
+    assert cli.main(["doctor", "--model", str(tiny_model_dir)]) == 0
+    shown = capsys.readouterr().out
+    assert "self_attn.qkv: self_attn.q_proj.weight 64x64, self_attn.k_proj.weight" in shown
+    assert "folds into input_layernorm.weight" in shown
+    assert "model.layers.0 and 1 more like it, norms: rms" in shown
+    assert "✓ blocks run one at a time: holds" in shown
+
+    assert cli.main(["doctor", "--model", str(tiny_model_dir), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["anatomy"]["blocks"][1]["groups"][3]["name"] == "model.layers.1.mlp.down"
+    assert [f["state"] for f in said["findings"]] == ["ok"] * 4
+
+
+def test_doctor_builds_a_model_of_a_class_and_refuses_what_is_none(here: Path, capsys: pytest.CaptureFixture) -> None:
+    from pare.orchestrator.model_doctor import skeleton_of
+
+    assert len(skeleton_of("GPT2LMHeadModel").transformer.h) == 2
+    for what in ("NoSuchForCausalLM", "LlamaConfig", "no/such/directory"):
+        assert cli.main(["doctor", "--model", what]) == 2
+        assert "neither a directory with a config.json nor a class of transformers" in capsys.readouterr().err
+
+
+def test_doctor_gives_the_anatomy_to_write_for_a_model_it_does_not_know(
+    here: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pare.methods.anatomy import describe, structure, types
+
+    families = dict(types.FAMILIES)
+    (here / "mine.py").write_text(
+        "from pare.methods.anatomy.types import Anatomy, Block, Group, family\n"
+        "@family('OlmoeForCausalLM')\n"
+        "def wrong(model):\n"
+        "    blocks = [Block(f'model.layers.{i}', ()) for i in range(2)]\n"
+        "    return Anatomy.of(model, blocks, 'model.embed_tokens', 'model.norm', 'lm_head')\n"
+    )
+    from transformers import OlmoeConfig
+
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_experts": 4,
+        "vocab_size": 64,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 2,
+    }
+    (here / "model").mkdir()
+    OlmoeConfig(**small, num_hidden_layers=2, pad_token_id=0, eos_token_id=1).save_pretrained(here / "model")
+    config = json.loads((here / "model" / "config.json").read_text())
+    (here / "model" / "config.json").write_text(json.dumps({**config, "architectures": ["OlmoeForCausalLM"]}))
+    try:
+        assert cli.main(["doctor", "--model", "model"]) == 4
+        shown = capsys.readouterr().out
+        assert "experts.gate_up_proj is a stack of matrices" in shown
+        assert '@family("OlmoeForCausalLM")' in shown
+        assert cli.main(["doctor", "--model", "model", "--plugin", "mine.py"]) == 4
+        assert "✗ every weight is in one group or left out: the weights of model.layers.0" in capsys.readouterr().out
+    finally:
+        types.FAMILIES.clear()
+        types.FAMILIES.update(families)
+    assert describe.FAMILIES is types.FAMILIES
+    assert structure.FAMILIES is types.FAMILIES

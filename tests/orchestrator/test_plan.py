@@ -88,3 +88,41 @@ def test_a_change_of_the_evaluation_leaves_the_compression_alone() -> None:
     assert one.goals["gptq"].artifact == two.goals["gptq"].artifact
     assert one.goals["gptq"].export == two.goals["gptq"].export
     assert one.goals["gptq"].evaluate != two.goals["gptq"].evaluate
+
+
+def test_one_model_in_several_forms_shares_all_tasks_up_to_the_export() -> None:
+    auto = plan_of("recipe=gptq", "recipe.quantize.bits=3")
+    both = plan_of("recipe=gptq", "recipe.quantize.bits=3", "export.format=dense,auto")
+
+    assert set(auto.tasks) < set(both.tasks), "left to itself, the form is no part of the fingerprint"
+    assert sorted(task.type for fp, task in both.tasks.items() if fp not in auto.tasks) == ["evaluate", "export", "speed"]
+    exports = [task for task in both.tasks.values() if task.type == "export"]
+    assert [task.spec.get("format") for task in exports] == ["dense", None]
+    assert [("export.format" in task.spec["card"]["command"]) for task in exports] == [True, False]
+
+
+def test_a_form_that_there_is_not_is_refused_before_anything_runs() -> None:
+    from pare.orchestrator.schema import EXPORTS
+    from pare.workers.export.choose import FORMATS
+
+    assert EXPORTS == FORMATS
+    with pytest.raises(ConfigError, match=r"export\.format must be one of auto, dense, .*, got 'onnx'"):
+        plan_of("recipe=gptq", "export.format=onnx")
+
+
+def test_the_gptq_reference_is_rtn_and_gptq_as_in_the_paper_each_as_weights_and_as_codes() -> None:
+    experiment = config.load(["experiment=gptq_reference", "model=tiny"])
+    plan = build_plan(experiment, "cpu", 2)
+
+    assert len(experiment.trials) == 9
+    methods = [
+        task.spec["settings"] | {"method": task.spec["method"]} for task in plan.tasks.values() if task.type == "compress"
+    ]
+    assert sorted((m["method"], m["bits"]) for m in methods) == [("gptq", 3), ("gptq", 4), ("rtn", 3), ("rtn", 4)]
+    assert {(m["group_size"], m["symmetric"], m["mse"]) for m in methods} == {(64, False, False)}
+    gptq = [m for m in methods if m["method"] == "gptq"]
+    assert {(m["act_order"], m["inputs"], m["damping"]) for m in gptq} == {("none", "compressed", 0.01)}
+    calibration = next(t.spec for t in plan.tasks.values() if t.type == "tokens" and t.spec["role"] == "calibration")
+    assert (calibration["sequences"], calibration["length"]) == (32, 512)
+    assert count(plan, "export") == 9
+    assert sum(t.spec.get("format") == "dense" for t in plan.tasks.values() if t.type == "export") == 4

@@ -18,10 +18,14 @@ import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
+from pare.workers.export.files import digests
 from pare.workers.fresh import FreshProcess
+from pare.workers.lm_tasks import resolve_benchmark
+from pare.workers.metric_function import resolve_metric
+from pare.workers.pairs import resolve_pairs
 from pare.workers.probe import ExportUnderTest
 from pare.workers.task import TaskError
-from pare.workers.tasks import evaluate, export, score
+from pare.workers.tasks import benchmark, evaluate, export, pairs, score
 
 QUESTIONS = [{"context": f"line {i}: one", "choices": ["two", "three four"], "label": i % 2, "document": "d"} for i in range(4)]
 SPEC = {"dtype": "float32", "tolerance": 0.005, "task": "made_up"}
@@ -44,17 +48,19 @@ def inputs(workshop: Any, codes: Callable[..., Any]) -> dict[str, Path]:
 
 
 def tamper(directory: Path) -> None:
-    """Makes the weights of one linear twenty times as large."""
+    """Makes the weights of one linear twenty times as large, as an export that is wrong from the beginning has them."""
     weights = load_file(directory / "model.safetensors")
     weights["model.layers.0.mlp.down_proj.weight_scale"] *= 20
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    said = json.loads((directory / "export.json").read_text())
+    (directory / "export.json").write_text(json.dumps({**said, "digests": digests(directory)}))
 
 
 def in_this_process(inputs: dict[str, Path], base: Path) -> dict[str, Any]:
     """What the probe finds, without a process of its own."""
     probe = ExportUnderTest(str(inputs["export"]), "float32", "cpu")
     found = probe.predict(str(inputs["tokens"]), str(inputs["teacher"]), {"fingerprint-of-the-base": str(base)})
-    return {**found["metrics"], **probe.answer(str(inputs["questions"] / "questions.jsonl"), "made_up")}
+    return {**found["metrics"], **probe.answer(str(inputs["questions"] / "questions.jsonl"), "made_up")["metrics"]}
 
 
 def test_an_export_has_the_perplexity_and_kl_of_its_parts_in_memory(inputs: dict[str, Path], workshop: Any) -> None:
@@ -112,7 +118,7 @@ def test_the_task_fails_on_a_tampered_export_and_on_a_damaged_one(inputs: dict[s
     assert error.value.failure == "export_mismatch"
 
     (inputs["export"] / "model.safetensors").unlink()
-    with pytest.raises(TaskError, match=r"no file named model[.]safetensors") as error:
+    with pytest.raises(TaskError, match=r"lacks the weight file model[.]safetensors") as error:
         workshop.run(evaluate, "damaged", SPEC, **inputs)
     assert "Traceback" in str(error.value)
 
@@ -126,6 +132,66 @@ def test_the_export_is_all_that_is_read_of_the_model(inputs: dict[str, Path], wo
     _, result = workshop.run(evaluate, "evaluate", SPEC, **{**inputs, "export": moved})
 
     assert result["quality/ppl"] == pytest.approx(result["quality/ppl_in_memory"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_an_export_is_asked_the_users_tasks_pairs_and_functions(inputs: dict[str, Path], workshop: Any, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "task.yaml").write_text(
+        "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: data.jsonl}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: context\ndoc_to_choice: choices\ndoc_to_target: label\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    (own / "data.jsonl").write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))
+    where = {"name": "mine", "include_path": str(own), "start": "."}
+    tasks, _ = workshop.run(benchmark, "benchmark", {"identity": resolve_benchmark(where), "where": where})
+    (own / "pairs.jsonl").write_text('{"good": "a cat sleeps", "bad": "a cat sleep"}\n{"good": "b", "bad": "b"}\n')
+    columns = {"good": "good", "bad": "bad", "group": None}
+    place = {"path": str(own / "pairs.jsonl")}
+    minimal, _ = workshop.run(
+        pairs, "pairs", {"columns": columns, "identity": resolve_pairs({**columns, **place}), "where": place}
+    )
+    (own / "f.py").write_text("def f(model, tokenizer, windows):\n    return {'n': len(windows)}\n")
+    metric = {"name": "own", "function": f"{own}/f.py:f", "direction": "lower"}
+    spec = {**SPEC, "num_fewshot": None, "limit": 3, "metrics": [{**metric, "identity": resolve_metric(metric)}]}
+    spec["where"] = {"metrics": {"own": str(own / "f.py")}}
+
+    out, result = workshop.run(evaluate, "evaluate", spec, **{**inputs, "benchmark.mine": tasks, "pairs": minimal})
+
+    kept = json.loads((out / "evaluation.json").read_text())
+    assert result["eval/questions/mine"] == 3
+    assert result["quality/own/n"] == 4
+    assert result["eval/ties/pairs"] == 1
+    assert result["directions"] == {
+        **dict.fromkeys(("quality/acc/made_up", "quality/acc_norm/made_up", "quality/acc/mine", "quality/acc/pairs"), "higher"),
+        "quality/own/n": "lower",
+    }
+    assert {name: len(digits) for name, digits in kept["answers"].items()} == {
+        "quality/acc/made_up": 4,
+        "quality/acc_norm/made_up": 4,
+        "quality/acc/mine": 3,
+        "quality/acc/pairs": 2,
+    }
+    (own / "f.py").write_text("def f(model, tokenizer, windows):\n    return model.nothing\n")
+    spec["metrics"][0]["identity"] = resolve_metric(metric)
+    with pytest.raises(TaskError, match=r"own failed at .*f.py:2, in f: AttributeError"):
+        workshop.run(evaluate, "broken", spec, **inputs)
+
+
+@pytest.mark.slow
+def test_an_export_above_the_memory_it_may_take_is_measured_alike_and_says_so(inputs: dict[str, Path], workshop: Any) -> None:
+    _, whole = workshop.run(evaluate, "whole", SPEC, **inputs)
+    _, small = workshop.run(evaluate, "small", {**SPEC, "where": {"memory_bytes": 1}}, **inputs)
+
+    assert whole.pop("notes") == []
+    assert [note.split(":")[0] for note in small.pop("notes")] == ["streamed for its evaluation"]
+    assert small.pop("directions") == whole.pop("directions")
+    assert small == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    metric = {"name": "own", "function": f"{__file__}:tamper", "direction": "lower", "identity": {}}
+    spec = {**SPEC, "metrics": [metric], "where": {"memory_bytes": 1, "metrics": {"own": __file__}}}
+    with pytest.raises(TaskError, match="own is given the model, for which it has to be in memory as a whole"):
+        workshop.run(evaluate, "function", spec, **inputs)
 
 
 @pytest.mark.parametrize(("sent", "failure"), [(signal.SIGKILL, "oom_host"), (signal.SIGTERM, "lost_worker")])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pare.workers import evaluation
-from pare.workers.models import load_dense, load_in_memory, load_tokenizer
+from pare.workers.models import load_dense, load_in_memory
 from pare.workers.task import TaskError
 from pare.workers.tasks import score
 
@@ -152,8 +152,46 @@ def test_logits_that_do_not_come_from_the_head_alone_are_refused(model: nn.Modul
         evaluation.body_and_head(model)
 
 
+def test_logits_are_made_in_float32_also_by_a_head_of_lower_precision(random_llama: Path) -> None:
+    model = load_dense(random_llama, torch.bfloat16)
+    hidden = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    exact = hidden.double() @ model.get_output_embeddings().weight.double().T
+
+    found = evaluation.head_of(model)(hidden)
+
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    rounded = model.get_output_embeddings()(hidden)
+    assert (rounded.double() - exact).abs().max() > 1e-3, "in bfloat16 they would not be exact"
+
+
+def test_rows_of_a_head_that_are_taken_in_pieces_and_its_bias_all_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, hidden = (torch.randn(n, generator=generator).bfloat16() for n in ((9, 4), (9,), (3, 4)))  # type: ignore[arg-type]
+    monkeypatch.setattr(evaluation, "HEAD_ROWS", 4)
+
+    found = evaluation.in_float32(weight, bias)(hidden)
+
+    torch.testing.assert_close(found, hidden.float() @ weight.float().T + bias.float())
+
+
+def test_the_metrics_say_how_many_windows_of_what_length_and_how_many_tokens_were_predicted(
+    model: nn.Module, ids: Tensor
+) -> None:
+    metrics = evaluation.summary(evaluation.predict(model, ids)[0])
+
+    assert (metrics["eval/windows"], metrics["eval/window_length"], metrics["eval/tokens"]) == (3, 20, 3 * 19)
+
+
+def test_no_context_is_carried_over_from_one_window_to_the_next(model: nn.Module, ids: Tensor) -> None:
+    together, _ = evaluation.predict(model, ids)
+    alone, _ = evaluation.predict(model, ids[2:])
+
+    torch.testing.assert_close(together.nll[2:], alone.nll, rtol=1e-5, atol=1e-6)
+
+
 def test_capped_logits_are_capped() -> None:
-    head = evaluation.Head(lambda h: h, {"final_logit_softcapping": 2.0})
+    head = evaluation.Head(lambda h: h, {"final_logit_softcapping": 2.0, "vocab_size": 3})
 
     assert head(torch.tensor([[0.0, 1.0, 100.0]]))[0].tolist() == pytest.approx([0, 2 * math.tanh(0.5), 2])
 
@@ -183,60 +221,3 @@ def test_equal_windows_leave_no_interval() -> None:
     low, high = evaluation.perplexity_interval(torch.full((5, 10), 1.5))
 
     assert (low, high) == pytest.approx((math.exp(1.5), math.exp(1.5)))
-
-
-def questions() -> list[dict[str, Any]]:
-    choices = [["the cat", "a", "some dogs ran", "zq"], ["one two", "three", "four five six", "seven"]]
-    return [
-        {"context": f"number {i}: it was said that", "choices": choices[i % 2], "label": i % 4, "document": "d"}
-        for i in range(6)
-    ]
-
-
-def test_multiple_choice_is_decided_by_the_likelihood_of_the_whole_choice(model: nn.Module, random_llama: Path) -> None:
-    tokenizer = load_tokenizer(random_llama)
-    noisy(model)
-    right = right_by_length = 0
-    for question in questions():
-        sums = []
-        for choice in question["choices"]:
-            start = len(tokenizer(question["context"]).input_ids)
-            whole = torch.tensor(tokenizer(question["context"] + " " + choice).input_ids)
-            q = slow_distributions(model, whole)
-            sums.append(sum(math.log(q[t][whole[t + 1]]) for t in range(start - 1, len(whole) - 1)))
-        by_length = [s / len(c) for s, c in zip(sums, question["choices"], strict=True)]
-        right += sums.index(max(sums)) == question["label"]
-        right_by_length += by_length.index(max(by_length)) == question["label"]
-
-    got = evaluation.multiple_choice(model, tokenizer, questions(), "made_up")
-
-    assert got["quality/acc/made_up"] == pytest.approx(right / 6)
-    assert got["quality/acc_norm/made_up"] == pytest.approx(right_by_length / 6)
-    p = right / 6
-    assert got["quality/acc_stderr/made_up"] == pytest.approx(math.sqrt(p * (1 - p) / 5))
-
-
-def test_reading_the_shared_context_once_gives_what_lm_eval_gives(model: nn.Module, random_llama: Path) -> None:
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    tokenizer = load_tokenizer(random_llama)
-    requests = [
-        Instance("loglikelihood", {}, (q["context"], " " + choice), i)
-        for i, q in enumerate(questions())
-        for choice in q["choices"]
-    ]
-
-    ours = evaluation.scorer(model, tokenizer).loglikelihood(requests)
-    theirs = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4).loglikelihood(requests)
-
-    assert [x for x, _ in ours] == pytest.approx([x for x, _ in theirs], rel=1e-5)
-    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
-
-
-def test_a_question_longer_than_the_model_reads_is_cut_as_lm_eval_cuts_it(model: nn.Module, random_llama: Path) -> None:
-    long = [{**question, "context": "x" * 2040 + question["context"]} for question in questions()[:1]]
-
-    got = evaluation.multiple_choice(model, load_tokenizer(random_llama), long, "long")
-
-    assert got["quality/acc/long"] in (0.0, 1.0)

@@ -1,4 +1,8 @@
-"""Measures an export in a process that reads nothing of the model but its directory; compares with the in-memory score."""
+"""Measures an export in a process that reads nothing of the model but its directory; compares with the in-memory score.
+
+Writes `evaluation.json`: `result`; `directions`, metric -> "higher" or "lower" for what is not known by its name; `windows`,
+sums over each test window; `answers`, metric -> one character for each question: 1 right, 0 wrong, 5 half.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +18,53 @@ from pare.workers.models import ModelArtifact
 from pare.workers.probe import ExportUnderTest
 from pare.workers.task import TaskContext, TaskError
 
+BENCHMARK = "benchmark."
+"""What the roles of lm-eval's tasks begin with."""
+
 
 def run(ctx: TaskContext) -> dict[str, Any]:
-    """Inputs: export, tokens, teacher, score, optional questions. Spec: dtype, tolerance, task (name of the questions)."""
+    """Inputs: export, tokens, teacher, optional score, questions, pairs and benchmark.NAME. Spec: dtype, tolerance, task (name
+    of the questions); optional num_fewshot and limit (of benchmarks) and metrics (functions of the user)."""
     paths = {role: str(path) for role, path in ctx.inputs.items()}
-    spec = {"dtype": ctx.spec["dtype"], "device": str(ctx.device)}
-    steps = 1 + ("questions" in paths)
-    with FreshProcess(ExportUnderTest, threads=torch.get_num_threads(), directory=paths["export"], **spec) as export:
+    benchmarks = sorted(role for role in paths if role.startswith(BENCHMARK))
+    functions = ctx.spec.get("metrics", [])
+    few = {"num_fewshot": ctx.spec.get("num_fewshot"), "limit": ctx.spec.get("limit")}
+    asked: list[tuple[str, dict[str, Any]]] = []
+    if "questions" in paths:
+        asked.append(("answer", {"questions": str(ctx.inputs["questions"] / "questions.jsonl"), "task": ctx.spec["task"]}))
+    if "pairs" in paths:
+        asked.append(("pairs", {"directory": paths["pairs"]}))
+    asked += [("benchmark", {"directory": paths[role], **few}) for role in benchmarks]
+    steps = 1 + len(asked) + len(functions)
+    directions: dict[str, str] = {}
+    answers: dict[str, str] = {}
+    where = ctx.spec.get("where") or {}
+    opened = {"dtype": ctx.spec["dtype"], "device": str(ctx.device), "memory": where.get("memory_bytes")}
+    with FreshProcess(ExportUnderTest, threads=torch.get_num_threads(), directory=paths["export"], **opened) as export:
         with loading():
-            export.ask("open")
+            read = export.ask("prepare")
         found = export.ask("predict", tokens=paths["tokens"], teacher=paths["teacher"], models=models_of_teacher(ctx))
         ctx.progress(1, steps, "measurements")
-        metrics = compare(found["metrics"], Path(paths["score"]), ctx.spec.get("tolerance", 0.005))
-        if "questions" in paths:
-            questions = str(ctx.inputs["questions"] / "questions.jsonl")
-            metrics |= export.ask("answer", questions=questions, task=ctx.spec["task"])
-            ctx.progress(steps, steps, "measurements")
-    content = {"result": metrics, "windows": found["windows"]}
+        metrics = dict(found["metrics"])
+        if "score" in paths:  # what was made elsewhere has none
+            metrics = compare(metrics, Path(paths["score"]), ctx.spec.get("tolerance", 0.005))
+        for step, (what, arguments) in enumerate(asked, 2):
+            measured = export.ask(what, **arguments)
+            metrics |= measured["metrics"]
+            directions |= measured["directions"]
+            answers |= measured["answers"]
+            ctx.progress(step, steps, "measurements")
+        for step, function in enumerate(functions, 2 + len(asked)):
+            values = export.ask("metric", spec=function, file=where["metrics"][function["name"]], tokens=paths["tokens"])
+            metrics |= values
+            directions |= dict.fromkeys(values, function["direction"])
+            ctx.progress(step, steps, "measurements")
+    content = {"result": metrics, "directions": directions, "windows": found["windows"], "answers": answers}
     (ctx.out / "evaluation.json").write_text(json.dumps(content, indent=1))
-    return metrics
+    notes = (
+        [] if read["way"] == "whole" else [f"{read['way']} for its evaluation: {read['bytes']:,} bytes of weights in memory"]
+    )
+    return {**metrics, "directions": directions, "notes": notes}
 
 
 def compare(metrics: dict[str, float], score: Path, tolerance: float) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pare.workers import evaluation
+from pare.workers import evaluation, large
 from pare.workers.models import ModelArtifact, load_in_memory
 from pare.workers.task import TaskContext
 
@@ -20,7 +20,12 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     """Inputs: model, tokens, optional teacher. Spec: dtype, keep_hidden."""
     dtype = getattr(torch, ctx.spec["dtype"])
     artifact = ModelArtifact(ctx.inputs["model"], ctx.resolve)
-    model = load_in_memory(artifact, dtype, ctx.device)
+    limit = (ctx.spec.get("where") or {}).get("memory_bytes")
+    model: evaluation.Reader
+    if large.way(large.bytes_of(artifact.dense.directory, dtype), limit, ctx.device, can_shard=False) == "whole":
+        model = evaluation.Whole(load_in_memory(artifact, dtype, ctx.device))
+    else:
+        model = large.Streamed(artifact.dense.directory, large.from_artifact(artifact), dtype, ctx.device)
     teacher = None
     if "teacher" in ctx.inputs:
         teacher = evaluation.open_teacher(ctx.inputs["teacher"], ctx.resolve, dtype, ctx.device)
@@ -28,7 +33,7 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     predictions, hidden = evaluation.predict(model, ids, teacher, ctx.spec["keep_hidden"], ctx.progress)
     result = {**evaluation.summary(predictions), "tokens": predictions.nll.numel()}
     if hidden is not None:
-        evaluation.write_teacher(ctx.out, model, ctx.fingerprint_of["model"], hidden, predictions.nll)
+        evaluation.write_teacher(ctx.out, model.model, ctx.fingerprint_of["model"], hidden, predictions.nll)
     content = {"result": result, "windows": evaluation.per_window(predictions)}
     (ctx.out / "score.json").write_text(json.dumps(content, indent=1))
     return result
