@@ -9,13 +9,14 @@ RUN := .venv/.run-$(TORCH)
 DEV := .venv/.dev-$(TORCH)
 UI := .venv/.ui-$(TORCH)
 PEERS := .venv/peers
+CORE_PEERS := .venv/peers-core
 # The top-level folders that install beneath the package pare. mypy sees them there through links; import-linter does not
 # follow links and gets a copy.
 ROOMS := conf methods orchestrator tracking workers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-ui test-gpu bench-orchestration bench-slots lint format ui lock clean
+.PHONY: help setup demo test test-slow test-ui test-gpu bench-orchestration bench-slots bench-core lint format ui lock clean
 
 help:  ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +41,9 @@ test-gpu: $(DEV)  ## what needs a GPU
 
 bench-orchestration: $(RUN) $(PEERS)/.done  ## what Pare itself takes, beside Ray Tune and MLflow (under 20 minutes)
 	$(BIN)/python -m benchmarks.orchestration --peers $(PEERS)/bin/python
+
+bench-core: $(RUN) $(CORE_PEERS)/.done  ## compression of a real model, beside llm-compressor (about 45 minutes)
+	$(BIN)/python -m benchmarks.core --peers $(CORE_PEERS)/bin/python
 
 bench-slots: $(RUN)  ## where the slot time of the latest sweep went (after make demo)
 	$(BIN)/python -m benchmarks.slots
@@ -95,6 +99,12 @@ $(DEV): $(RUN) requirements-dev.lock
 $(PEERS)/.done: benchmarks/requirements-peers.txt
 	@test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/pip install -q -r $<
+	@touch $@
+
+$(CORE_PEERS)/.done: benchmarks/core/requirements-peers.txt
+	@test -x $(CORE_PEERS)/bin/python || $(PYTHON) -m venv $(CORE_PEERS)
+	$(call install_torch,$(CORE_PEERS)/bin/pip)
+	$(CORE_PEERS)/bin/pip install -q -r $<
 	@touch $@
 
 $(UI): $(DEV)

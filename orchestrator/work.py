@@ -372,6 +372,10 @@ UNKNOWN = Work(fixed_s=1.0, memory=1e8, disk=1e6)
 """Of a type that a plugin brings: until one has run, nothing is known of it."""
 
 
+USUAL_WIDTH = 1024
+"""Columns of a weight in a model of which nothing is known."""
+
+
 def made_by(job: Job) -> Made:
     """What a task's artifact is as a model."""
     shape, settings, kind = job.shape, job.settings, job.record["type"]
@@ -393,10 +397,11 @@ def made_by(job: Job) -> Made:
         operands += 2 * 4.0 * settings["rank"] * shape.spans
     if "quant_type" in settings:
         operands += shape.linears * (4.13 if settings.get("double_quant", True) else 4.5) / 8
-    elif "sparsity" in settings:  # a bit for each weight, and what stays
-        operands += shape.linears * (1 / 8 + (1 - settings["sparsity"]) * shape.weight_bytes)
-    elif "bits" in settings:
-        group = settings.get("group_size", -1)
-        operands += shape.linears * (settings["bits"] + (16 / group if group > 0 else 0.0)) / 8
+    elif "sparsity" in settings:  # which weights stay, and these
+        index = 1 if settings.get("pattern", "unstructured") == "unstructured" else 0.75
+        operands += shape.linears * (index / 8 + (1 - settings["sparsity"]) * shape.weight_bytes)
+    elif kind == "compress" and hasattr(METHODS.get(job.spec["method"]), "bits_per_weight"):
+        method: Any = METHODS[job.spec["method"]](**settings)
+        operands += shape.linears * method.bits_per_weight(shape.width or USUAL_WIDTH) / 8
     adapter = kind == "train" and "rank" in settings and "quant_type" not in settings
     return Made(operands or shape.linears * float(shape.weight_bytes), adapter)

@@ -277,3 +277,21 @@ def test_the_command_of_the_guide_runs_its_method_from_a_file_outside_the_reposi
         # A bit for each weight, and a bf16 scale for each row of some hundred.
         assert 1 < trial["metrics"]["size/linear_bits_per_weight"] < 1.5, trial
         assert trial["metrics"]["quality/ppl"] > 1
+
+
+def test_stages_on_stages_run_from_one_override_and_ship_the_bytes_they_say(tmp_path: Path) -> None:
+    few = ["data.calibration={sequences: 4, length: 64}", "tracking.enabled=false", "model=tiny", "recipe.repair.rank=8"]
+    pare(tmp_path / "home", "run", "recipe=base,sparse_gptq_eora,awq_gptq", *few, *SMALL)
+
+    trials = {trial["recipe"]: trial for trial in report(tmp_path / "home")["trials"]}
+    assert {trial["status"] for trial in trials.values()} == {"done"}
+    pruned = trials["sparse_gptq_eora"]["metrics"]
+    # 2:4 in 3 bits of 4 weights, half of the codes of 4 bits, a bf16 scale for 64 columns; the repair comes on top.
+    assert 3 / 4 + 4 / 2 + 16 / 64 < pruned["size/linear_bits_per_weight"] < 8
+    assert pruned["quality/ppl"] == pytest.approx(pruned["quality/ppl_in_memory"], rel=1e-6)
+    out = tmp_path / "taken-away"
+    pare(tmp_path / "home", "export", trials["sparse_gptq_eora"]["trial"], "--to", str(out))
+    assert sum(file.stat().st_size for file in out.rglob("*.safetensors")) == pruned["size/bytes"]
+    opening = f"import pare; print(type(pare.load({str(out)!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", opening], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "LlamaForCausalLM"

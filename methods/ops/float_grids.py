@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -103,6 +104,15 @@ class FloatGrid:
     def group(self) -> int:
         """Columns of a group, -1: the whole row."""
         return self.group_size or FORMATS[self.format].group
+
+    def bits_per_weight(self, width: int) -> float:
+        """Logical bits of one weight in rows of `width`: code and scale."""
+        book, _, scales = FORMATS[self.format]
+        scale = torch.finfo(getattr(torch, self.scale_dtype)).bits if scales == "plain" else 8
+        if book is None:  # scales in float32, or in 8 bits and float32 for 256 of these
+            return 4 + (8 + 32 / 256 if self.double_quant else 32) / self.group
+        groups = 1 if self.group == -1 else ceil(width / self.group)
+        return book.bits + groups * scale / width
 
     def round_to_nearest(self, weight: Tensor) -> Codes:
         """weight (out, in) float32 -> codes, each weight rounded by itself."""

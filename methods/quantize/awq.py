@@ -70,6 +70,9 @@ class Awq(IntegerGrid, LayerMethod):
         check(self, "exponents", at_least=1)
         check(self, "inputs", one_of=("dense", "compressed"))
 
+    def bits_per_weight(self, width: int) -> float:
+        return 32.0 if self.scale_only else super().bits_per_weight(width)
+
     def fold(self, group: InputGroup, context: Context) -> Tensor | None:
         gram = finite(group.statistics["gram"], self.name, group.name)
         magnitude = group.statistics["mean_magnitude"]

@@ -244,3 +244,14 @@ def test_a_group_that_does_not_divide_is_refused_with_the_layer() -> None:
 def test_settings_that_do_not_go_together_are_refused(given_settings: dict) -> None:
     with pytest.raises(SettingsError, match=rf"rtn_float\.{list(given_settings)[-1]} must be"):
         RtnFloat(**given_settings)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_bits_of_a_weight_are_known_beforehand(format: str, double_quant: bool) -> None:
+    if double_quant and format != "nf4":
+        return
+    method = RtnFloat(format=format, double_quant=double_quant)
+    formula = method.round_to_nearest(torch.randn(256, 128, generator=torch.Generator().manual_seed(0)))
+    # Beside that one number for the whole weight at most, and NF4's offset.
+    assert 0 <= formula.logical_bits - 256 * 128 * method.bits_per_weight(128) <= 64
