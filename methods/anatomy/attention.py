@@ -198,8 +198,8 @@ def phi3(model: Any) -> Anatomy:
     def block(name: str) -> Block:
         self_attn, mlp = f"{name}.self_attn", f"{name}.mlp"
         module, fused = model.get_submodule(self_attn), f"{self_attn}.qkv_proj"
-        queries = model.config.num_attention_heads * module.head_dim
-        keys = model.config.num_key_value_heads * module.head_dim
+        queries = module.config.num_attention_heads * module.head_dim
+        keys = module.num_key_value_heads * module.head_dim
         attention, kv = writer.attention(
             self_attn,
             writer.behind(f"{name}.input_layernorm"),
@@ -221,17 +221,16 @@ def phi3(model: Any) -> Anatomy:
 def gpt2(model: Any) -> Anatomy:
     """Attention with q, k and v in one Conv1D, and an MLP of two, each behind a layer norm; learned positions."""
     writer = Writer(model, "layer")
-    hidden, heads = model.config.hidden_size, model.config.num_attention_heads
 
     def block(name: str) -> Block:
         attn, mlp = f"{name}.attn", f"{name}.mlp"
-        fused = f"{attn}.c_attn"
+        fused, split, head = f"{attn}.c_attn", model.get_submodule(attn).split_size, model.get_submodule(attn).head_dim
         attention, kv = writer.attention(
             attn,
             writer.behind(f"{name}.ln_1"),
-            ((fused, 0), (fused, hidden), (fused, 2 * hidden)),
+            ((fused, 0), (fused, split), (fused, 2 * split)),
             f"{attn}.c_proj",
-            hidden // heads,
+            head,
         )
         fold = writer.behind(f"{name}.ln_2")
         groups, ffn = writer.mlp(mlp, fold, None, (f"{mlp}.c_fc", 0), f"{mlp}.c_proj", is_linear(model.get_submodule(mlp).act))

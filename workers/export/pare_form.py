@@ -2,7 +2,8 @@
 
     pare.json                 format, and parameter name -> formula
     pare.safetensors          the operands (`NAME:0.codes`, ...) and the parameters that are the base's (or shards of it)
-    config.json, tokenizer    the base's
+    config.json, tokenizer    the base's; of a model in shapes that its config cannot say, with a table of them
+                              (see `methods/anatomy/architecture.py`)
 
 The weights do not bear the name that transformers looks for, so it refuses the directory instead of making up weights.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from pare.methods.anatomy.architecture import class_for, filled
+from pare.methods.anatomy.shrink import Shrunk
 from pare.methods.anatomy.views import name_of, parse, view
 from pare.methods.parts.formula import Dense, Formula
 from pare.workers.export.files import copy_companions, write_weights
@@ -37,6 +40,20 @@ def export_pare(artifact: ModelArtifact, out: Path) -> None:
     copy_companions(source, out)
     write_weights(operands(artifact, table), out, stem=STEM)
     (out / TABLE).write_text(json.dumps({"format": FORMAT, "tensors": table}, indent=1))
+
+
+def export_shrunk(shrunk: Shrunk, stored: Callable[[str], Tensor], out: Path, source: Path | None = None) -> None:
+    """Writes a model of which something was taken out: as any checkpoint of transformers where its config can say what is left,
+    else in Pare's own form. One parameter is in memory at a time, and those of a shard.
+
+    stored: name in the whole model -> value of the parameter. source: directory with tokenizer and licence, to be copied.
+    """
+    (out / "config.json").write_text(shrunk.config.to_json_string())
+    if source is not None:
+        copy_companions(source, out)
+    write_weights(shrunk.tensors(stored), out, stem="model" if shrunk.is_plain else STEM)
+    if not shrunk.is_plain:
+        (out / TABLE).write_text(json.dumps({"format": FORMAT, "tensors": {}}, indent=1))
 
 
 def operands(artifact: ModelArtifact, table: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
@@ -75,13 +92,20 @@ def open_pare(directory: Path, dtype: torch.dtype | None = None, device: torch.d
     said = json.loads((directory / TABLE).read_text())
     if said["format"] != FORMAT:
         raise ValueError(f"{directory}: format {said['format']} of Pare's own form; this Pare opens format {FORMAT}")
-    skeleton: Any = load_skeleton(directory)
+    skeleton = shaped_skeleton(directory)
     dtype = dtype or skeleton.config.dtype or torch.float32
     plain, formulas = read(directory, said["tensors"])
     weights = {name: weight.to(dtype) for name, weight in [*plain.items(), *worked_out(formulas, skeleton)]}
-    model: nn.Module = type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=weights, dtype=dtype)
+    model: nn.Module = filled(type(skeleton), skeleton.config, weights, dtype)
     quantise_inputs(model, formulas.items())
     return model.to(device).eval()
+
+
+def shaped_skeleton(directory: Path) -> Any:
+    """The model on the meta device, in the shapes that the config's own keys or its table of shapes say."""
+    skeleton: Any = load_skeleton(directory)
+    with torch.device("meta"):
+        return class_for(type(skeleton), skeleton.config)(skeleton.config)
 
 
 def read(directory: Path, table: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Formula]]:
