@@ -106,12 +106,12 @@ def measure(given: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("hidden", 4096), ("ffn", 14336), ("heads", 32), ("blocks", 3), ("sequences", 128), ("length", 2048)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--result", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_blocks.json")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = {name: value for name, value in vars(given).items() if isinstance(value, int)}
     found = {"schema_version": 1, **provenance("benchmarks.gpu.blocks", "torch", "transformers"), "device": str(device)}
@@ -122,4 +122,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
