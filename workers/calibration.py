@@ -1,13 +1,16 @@
 """Calibration: the blocks of a model pass by one at a time, each with statistics over the inputs of its linears.
 
-Activations stay on the CPU and one block is on the device, so memory does not grow with depth. The model's own forward
-pass prepares what blocks are called with (masks, position embeddings), so nothing of it is written again here.
+Activations stay on the CPU and one block is on the device, and in memory at all where the model is one that reads its blocks
+from files (`blocks.BlockByBlock`), so memory does not grow with depth. The model's own forward pass prepares what blocks are
+called with (masks, position embeddings), so nothing of it is written again here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +35,41 @@ class Passing:
     """Input group -> statistic -> its value, on the device."""
 
 
+class Opened(Protocol):
+    """A model of which no more need be in memory than is worked with."""
+
+    @property
+    def model(self) -> Any:
+        """All modules, whether their weights are there or not."""
+
+    def outside(self) -> AbstractContextManager[None]:
+        """With what belongs to no block."""
+
+    def loaded(self, name: str) -> AbstractContextManager[nn.Module]:
+        """A block with its weights, on the CPU at first; on whatever device it is at the end."""
+
+
+class InMemory:
+    """A model that is on the CPU as a whole."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def outside(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    @contextmanager
+    def loaded(self, name: str) -> Iterator[nn.Module]:
+        module = self.model.get_submodule(name)
+        try:
+            yield module
+        finally:
+            module.to("cpu")
+
+
 @torch.no_grad()
 def stream(
-    model: nn.Module,
+    model: nn.Module | Opened,
     anatomy: Anatomy,
     tokens: Tensor,
     needs: Sequence[type[Statistic]],
@@ -47,35 +82,38 @@ def stream(
 ) -> Iterator[Passing]:
     """Yields every block in order, with statistics over `tokens` (sequences, length).
 
-    model: on the CPU, in evaluation mode, in the dtype of the forward pass.
+    model: on the CPU, in evaluation mode, in the dtype of the forward pass; or one that reads its blocks when they pass.
     inputs: "dense": a block reads what the blocks before it put out when they passed, whatever the consumer makes of them;
         one forward pass per block. "compressed": a block's outputs are worked out when the consumer asks for the next one,
         with the weights that the consumer has left in `module`; two forward passes per block.
     reached: called before every block but the first that passes, when the consumer has finished the blocks before it, with
         the block's index and what it reads. With these two as `start` and `hidden` the stream goes on from there.
     """
-    first, calls = block_inputs(model, anatomy, tokens.split(batch_size))
+    opened: Opened = InMemory(model) if isinstance(model, nn.Module) else model
+    with opened.outside():
+        first, calls = block_inputs(opened.model, anatomy, tokens.split(batch_size))
     hidden = first if hidden is None else hidden
+    del first
     for index, block in enumerate(anatomy.blocks[start:], start):
         if index > start:
             reached(index, hidden)
-        module = model.get_submodule(block.name).to(device)
+        with opened.loaded(block.name) as module:
+            module.to(device)
 
-        def outputs(module: nn.Module = module, index: int = index) -> Iterator[Tensor]:
-            with one_expert_at_a_time(model):
-                for x in hidden:
-                    yield calls[len(x)][index].run(module, x.to(device), device).cpu()
+            def outputs(module: nn.Module = module, index: int = index) -> Iterator[Tensor]:
+                with one_expert_at_a_time(opened.model):
+                    for x in hidden:
+                        yield calls[len(x)][index].run(module, x.to(device), device).cpu()
 
-        watch = Watch(model, block.groups, needs, device)
-        with reading(model, watch.readers, watch.note):
-            for i, y in enumerate(outputs()):
-                if inputs == "dense":
+            watch = Watch(opened.model, block.groups, needs, device)
+            with reading(opened.model, watch.readers, watch.note):
+                for i, y in enumerate(outputs()):
+                    if inputs == "dense":
+                        hidden[i] = y
+            yield Passing(block, module, watch.values())
+            if inputs == "compressed" and index + 1 < len(anatomy.blocks):
+                for i, y in enumerate(outputs()):
                     hidden[i] = y
-        yield Passing(block, module, watch.values())
-        if inputs == "compressed" and index + 1 < len(anatomy.blocks):
-            for i, y in enumerate(outputs()):
-                hidden[i] = y
-        module.to("cpu")
 
 
 class Watch:
@@ -102,9 +140,9 @@ class Watch:
             statistic.add(x.flatten(0, -2))
 
     def values(self) -> dict[str, dict[str, Tensor]]:
-        """Input group -> statistic -> its value. An expert that no token has reached counts as one that has read zeros: this
-        is how its statistics say that there is nothing to go by."""
+        """Input group -> statistic -> its value; asked for once. An expert that no token has reached counts as one that has
+        read zeros: this is how its statistics say that there is nothing to go by."""
         for group in self.readers.values():
             if group.name in self.idle and group.routed:
                 self.note(group.weights[0], torch.zeros(1, self.features[group.name], device=self.device))
-        return {name: {s.name: s.finish() for s in statistics} for name, statistics in self.statistics.items()}
+        return {name: {s.name: s.finish() for s in self.statistics.pop(name)} for name in list(self.statistics)}

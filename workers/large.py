@@ -7,9 +7,8 @@ arguments that the model itself calls them with (`methods/anatomy/calls.py`). Ac
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +18,34 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pare.methods.anatomy.calls import Call, block_inputs
-from pare.methods.anatomy.describe import Anatomy, UnknownModel, describe
+from pare.methods.anatomy.describe import UnknownModel
 from pare.methods.anatomy.reads import one_expert_at_a_time
 from pare.methods.anatomy.views import parse, view
 from pare.methods.parts.formula import Formula
+from pare.workers.blocks import BlockByBlock, Read
 from pare.workers.evaluation import LOGIT_BYTES, head_of
 from pare.workers.export.pare_form import STEM, TABLE
-from pare.workers.models import ModelArtifact, dense_index, load_skeleton, within_name
+from pare.workers.models import dense_index, within_name
 from pare.workers.sources import directory_shapes
 from pare.workers.task import TaskError
-
-Read = Callable[[str, torch.Size | None], Tensor]
-"""(name of a tensor of the model, its shape there) -> its value, in memory of its own, in any dtype. KeyError where it is not
-stored under that name."""
 
 HEADROOM = 0.9
 """Part of the free memory that a model may take."""
 
 
-class Streamed:
-    """A model of which one block at a time is in memory; see `evaluation.Reader`."""
+class Streamed(BlockByBlock):
+    """A model of which one block at a time is in memory, with embedding, norm and head; see `evaluation.Reader`."""
+
+    remedy = "Give it more memory: evaluation.memory_gb"
 
     def __init__(self, directory: Path, read: Read, dtype: torch.dtype, device: torch.device, how: str = "plain") -> None:
-        """directory: with `config.json`; its weights are reached through `read` alone. how: see `export.stock.OPENED`."""
-        self.read, self.dtype, self.device, self.how = read, dtype, device, how
-        self.model, self.is_compressed = bare_model(directory, dtype)
         try:
-            self.anatomy: Anatomy = describe(load_skeleton(directory))
+            super().__init__(directory, read, dtype, device, how)
         except UnknownModel as e:
             raise TaskError(f"the model does not fit into memory, and cannot be read block by block: {e}", "infeasible") from e
-        inside = tuple(f"{block.name}." for block in self.anatomy.blocks)
-        self.fill(self.model, "", [name for name, p in tensors_of(self.model) if not name.startswith(inside)])
+        self.fill(self.model, "", self.around)
         self.model.tie_weights()
         self.head = head_of(self.model)
-        self.model.eval()
 
     @torch.inference_mode()
     def hidden(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -73,101 +66,8 @@ class Streamed:
         for state in states:
             yield norm(state.to(self.device))
 
-    def loaded(self, name: str) -> Loaded:
-        return Loaded(self, name)
-
-    def fill(self, module: nn.Module, prefix: str, names: Iterable[str]) -> None:
-        """Reads tensors of a module from disk; `prefix` is what stands before their names in the model."""
-        for name in names:
-            parent, _, leaf = name.rpartition(".")
-            owner = module.get_submodule(parent)
-            old = getattr(owner, leaf)
-            if not old.is_meta:
-                continue
-            try:
-                stored = self.read(prefix + name, old.shape).to(self.device)
-            except KeyError:
-                if self.is_tied(prefix + name):
-                    continue
-                raise TaskError(
-                    f"the model does not fit into memory, and cannot be read block by block: {prefix}{name} is not stored "
-                    "under that name. Give it more memory: evaluation.memory_gb",
-                    "infeasible",
-                ) from None
-            # Codes of compressed-tensors are taken as they are: of packed zero points it prepares neither type nor shape. Nor
-            # are scales cast where transformers works the weights out before it casts them.
-            early = self.how == "dequantize" and hasattr(owner, "quantization_scheme")
-            value = stored.to(old.dtype).view(old.shape) if stored.is_floating_point() and not early else stored
-            setattr(owner, leaf, nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value)
-
-    def is_tied(self, name: str) -> bool:
-        return bool(self.model.config.tie_word_embeddings) and name == f"{self.anatomy.head}.weight"
-
-
-class Loaded:
-    """A block with its weights, for as long as the `with` lasts."""
-
-    def __init__(self, owner: Streamed, name: str) -> None:
-        self.owner, self.name = owner, name
-
-    def __enter__(self) -> nn.Module:
-        self.bare = self.owner.model.get_submodule(self.name)
-        module = copy.deepcopy(self.bare)  # on the meta device, so that nothing is copied but the modules
-        self.owner.fill(module, f"{self.name}.", [name for name, _ in tensors_of(module)])
-        if self.owner.is_compressed:
-            from compressed_tensors.compressors import decompress_module
-
-            for part in module.modules():
-                decompress_module(part, leave_decompressed=self.owner.how != "dequantize")
-            if self.owner.how != "plain":
-                module.to(self.owner.dtype)
-        self.owner.model.set_submodule(self.name, module.eval())
-        return module
-
-    def __exit__(self, *raised: object) -> None:
-        self.owner.model.set_submodule(self.name, self.bare)
-
-
-def tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-
-
-def bare_model(directory: Path, dtype: torch.dtype) -> tuple[Any, bool]:
-    """(the model without weights, but with the buffers that it computes itself; whether it is of compressed-tensors)."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    said = getattr(config, "quantization_config", None)
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    if not said:
-        return model, False
-    from compressed_tensors.compressors import ModelCompressor, compress_module
-    from compressed_tensors.quantization import apply_quantization_config
-    from transformers import CompressedTensorsConfig
-
-    found = ModelCompressor.from_compression_config(CompressedTensorsConfig(**said))
-    with torch.device("meta"):
-        apply_quantization_config(model, found.quantization_config, run_compressed=False)
-        for module in model.modules():
-            compress_module(module)  # without the hook by which a whole model decompresses itself
-    return model, True
-
 
 # --- what is read -------------------------------------------------------------------------------------------------------
-
-
-def from_artifact(artifact: ModelArtifact) -> Read:
-    """Reads the model that an artifact stands for, worked out from its parts."""
-    known = set(artifact.parameter_names())
-
-    def read(name: str, shape: torch.Size | None) -> Tensor:
-        if name not in known:
-            raise KeyError(name)
-        return artifact.materialise(name)
-
-    return read
 
 
 def from_files(directory: Path, stem: str = "model") -> Read:

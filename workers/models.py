@@ -5,7 +5,9 @@ A model artifact is a directory in one of two forms:
 - *formulas*: `tensors.json` (name -> formula, and the fingerprint of the base it stands on) beside `weights.safetensors`
   with the operands. A name is that of a parameter, or of a view of one (see `methods/anatomy/views.py`); the formula of a
   vector (n,) has the shape (1, n). A parameter that the table does not name is the base's, so a tie, an embedding or a
-  whole frozen model costs its bytes once. A file form of a method's own (`adapter/`) may stand beside.
+  whole frozen model costs its bytes once. A file form of a method's own (`adapter/`) may stand beside. Where the stage has
+  folded factors into weights, they stand with the operands as `fold.in:NAME` (in,), by which columns were multiplied, and
+  `fold.out:NAME` (out,), by which rows were divided: without them nobody could tell a changed weight from a scaled one.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 TABLE, OPERANDS = "tensors.json", "weights.safetensors"
+FOLD_IN, FOLD_OUT = "fold.in:", "fold.out:"
+"""What stands before the name of a weight in the key of its factors."""
 
 
 class ModelArtifact:
@@ -104,6 +108,14 @@ class ModelArtifact:
             matrix: Tensor = f.get_slice(said.parameter)[said.index]
             return matrix.T if said.turned else matrix
 
+    def original(self, name: str) -> Tensor:
+        """The base's weight (out, in), float32, with the factors of all stages so far: what a weight would be, had they done
+        nothing but fold."""
+        if self.base is None:
+            return self.stored(name).float()
+        keys = {FOLD_IN + name, FOLD_OUT + name} & {*self._operands.keys()}
+        return folded(self.base.original(name), name, {key: self._operands.get_tensor(key) for key in keys})
+
     def materialise(self, name: str) -> Tensor:
         """The dense value of what a name stands for, float32, all formulas down to the base worked out. A parameter whose
         views have formulas is put together from them."""
@@ -126,6 +138,12 @@ class ModelArtifact:
         return value
 
 
+def folded(weight: Tensor, name: str, factors: Mapping[str, Tensor]) -> Tensor:
+    """The weight (out, in) of that name with the factors that there are for it."""
+    weight = weight * factors[FOLD_IN + name] if FOLD_IN + name in factors else weight
+    return weight / factors[FOLD_OUT + name][:, None] if FOLD_OUT + name in factors else weight
+
+
 def dense_index(directory: Path, stem: str = "model") -> dict[str, Path]:
     """Tensor name -> safetensors file, for a directory that `save_pretrained` (or `write_weights`) wrote."""
     index = directory / f"{stem}.safetensors.index.json"
@@ -144,8 +162,12 @@ def within_name(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @is_loading
-def write_formulas(directory: Path, base_fingerprint: str, formulas: Mapping[str, Formula]) -> None:
+def write_formulas(
+    directory: Path, base_fingerprint: str, formulas: Mapping[str, Formula], factors: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes a *formulas* artifact: the table and the operands.
+
+    factors: `fold.in:NAME` and `fold.out:NAME` -> what was folded into that weight, float32.
 
     Raises:
         ValueError: a parameter has a formula, and so has a view of it.
@@ -156,13 +178,13 @@ def write_formulas(directory: Path, base_fingerprint: str, formulas: Mapping[str
     table = {name: formula.spec() for name, formula in formulas.items()}
     operands: dict[str, Tensor] = {}
     written: set[int] = set()
-    for name, formula in formulas.items():
-        for key, operand in formula.tensors().items():
-            t = operand.detach().cpu().contiguous()
-            where = t.untyped_storage().data_ptr()
-            # safetensors refuses tensors that share memory, such as one column order for several linears.
-            operands[f"{name}:{key}"] = t.clone() if where in written else t
-            written.add(where)
+    named = [(f"{name}:{key}", operand) for name, formula in formulas.items() for key, operand in formula.tensors().items()]
+    for key, operand in [*named, *(factors or {}).items()]:
+        t = operand.detach().cpu().contiguous()
+        where = t.untyped_storage().data_ptr()
+        # safetensors refuses tensors that share memory, such as one column order for several linears.
+        operands[key] = t.clone() if where in written else t
+        written.add(where)
     save_file(operands, directory / OPERANDS, metadata={"format": "pt"})
     (directory / TABLE).write_text(json.dumps({"format": FORMAT, "base": base_fingerprint, "tensors": table}, indent=1))
 

@@ -38,10 +38,14 @@ class Fold:
         heads = s.view(-1, self.repeat, self.head)
         return heads.log().mean(1, keepdim=True).exp().expand_as(heads).reshape(-1)
 
+    def feeding(self, s: Tensor) -> Tensor:
+        """s (input features,) with one value for what one feature feeds -> those values, for the features that count."""
+        return s.view(-1, self.repeat, self.head)[:, 0].reshape(-1)
+
     def divided(self, values: Mapping[str, Tensor], s: Tensor) -> dict[str, Tensor]:
         """values: the parameters; s (input features,) positive, one value for what one feature feeds -> the parameters with
         s folded in."""
-        one = s.view(-1, self.repeat, self.head)[:, 0].reshape(-1)
+        one = self.feeding(s)
         made = {}
         for name in self.parameters:
             value = values[name].clone()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pare.methods.parts.formula import Formula
 from pare.workers import evaluation, harness, large
+from pare.workers.blocks import from_artifact
 from pare.workers.export.reader import open_export
 from pare.workers.models import ModelArtifact, load_dense, load_tokenizer
 from pare.workers.probe import resident_bytes
@@ -58,7 +59,7 @@ def same(streamed: large.Streamed, whole: nn.Module, ids: Tensor, tokenizer: Any
 
 def test_an_artifact_read_block_by_block_measures_as_the_whole(random_llama: Path, ids: Tensor) -> None:
     artifact = ModelArtifact(random_llama, Path)
-    streamed = large.Streamed(random_llama, large.from_artifact(artifact), torch.float32, CPU)
+    streamed = large.Streamed(random_llama, from_artifact(artifact), torch.float32, CPU)
 
     same(streamed, load_dense(random_llama, torch.float32), ids, load_tokenizer(random_llama))
 

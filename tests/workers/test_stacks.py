@@ -203,3 +203,47 @@ def test_an_export_of_scaled_weights_holds_the_norms_they_were_folded_into(stack
     out, said = stack.export()
     assert said["format"] == "compressed-tensors"
     torch.testing.assert_close(logits(open_export(out, torch.float32).model, stack.workshop), stack.logits())
+
+
+def test_the_original_of_a_scaled_weight_is_the_scaled_weight(stack: Stack) -> None:
+    base = stack.workshop.open(stack.workshop.base)
+    scaled = stack.then("awq", scale_only=True, bits=3, group_size=32).open()
+    linears = [name for name in scaled.compressed_names() if "_proj" in name]
+    assert all(torch.equal(scaled.original(name), scaled.materialise(name)) for name in linears)
+    assert not torch.equal(scaled.original(linears[0]), base.materialise(linears[0]))
+    keys = load_file(stack.top / "weights.safetensors").keys()
+    assert {"fold.in:model.layers.0.mlp.down_proj.weight", "fold.out:model.layers.0.mlp.up_proj.weight"} <= {*keys}
+    assert "fold.out:model.layers.0.mlp.down_proj.weight" not in keys, "nothing behind it is folded into it"
+
+    twice = stack.then("awq", scale_only=True, bits=3, group_size=32, duo=True).open()
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert not torch.equal(twice.materialise(name), scaled.materialise(name))
+    assert torch.equal(twice.original(name), twice.materialise(name)), "factors of both stages"
+
+    coded = stack.then("rtn", bits=3, group_size=32).open()
+    assert torch.equal(coded.original(name), twice.materialise(name)), "what rounds leaves no factors"
+
+
+@pytest.mark.parametrize("stages", [["awq", "gptq"], ["awq"]])
+def test_a_low_rank_term_repairs_weights_that_factors_were_folded_into(stack: Stack, stages: list[str]) -> None:
+    make_loud(stack)
+    stack = Stack(stack.workshop, stack.root)
+    grid = {"bits": 2, "group_size": 32, "symmetric": False}
+    for name in stages:
+        stack.then(name, **grid, **({"scale_only": True} if name == "awq" and len(stages) > 1 else {}))
+    before, beneath = distance(stack), stack.result["size/linear_bytes"]
+    artifact = stack.open()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    far = float((artifact.stored(name).float() - artifact.materialise(name)).norm())
+    near = float((artifact.original(name) - artifact.materialise(name)).norm())
+    assert near < far, "the factors are part of what is lost no more"
+
+    stack.then("eora", rank=8)
+
+    assert distance(stack) < 0.9 * before
+    artifact = stack.open()
+    linears = [name for name in artifact.compressed_names() if "_proj" in name]
+    assert stack.result["size/linear_bytes"] == beneath + 8 * 2 * sum(sum(artifact.stored(name).shape) for name in linears)
+    out, said = stack.export()
+    torch.testing.assert_close(logits(open_export(out, torch.float32).model, stack.workshop), stack.logits())
+    assert not [name for name in tensor_sizes(out) if "fold" in name], said["format"]

@@ -16,19 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pare.methods.anatomy.describe import describe, verify
+from pare.workers.blocks import open_blocks
 from pare.workers.calibration import stream
 from pare.workers.checkpoint import block_piece, resume_blocks
-from pare.workers.models import ModelArtifact, load_in_memory
+from pare.workers.models import ModelArtifact
 from pare.workers.task import TaskContext, TaskError
 
 
 def run(ctx: TaskContext) -> dict[str, Any]:
     needs = [getattr(importlib.import_module(where["module"]), where["class"]) for where in ctx.spec["statistics"]]
-    model = load_in_memory(ModelArtifact(ctx.inputs["model"], ctx.resolve), getattr(torch, ctx.spec["dtype"]))
+    model = open_blocks(ModelArtifact(ctx.inputs["model"], ctx.resolve), getattr(torch, ctx.spec["dtype"]))
     tokens = load_file(ctx.inputs["tokens"] / "tokens.safetensors")["input_ids"]
-    anatomy = describe(model)
-    verify(model, anatomy)
 
     def file(index: int) -> Path:
         return ctx.out / f"block_{index:03d}.safetensors"
@@ -39,7 +37,8 @@ def run(ctx: TaskContext) -> dict[str, Any]:
             ctx.checkpoint.save({"blocks": index, "hidden": hidden}, finished)
 
     start, state = resume_blocks(ctx.checkpoint, lambda index, statistics: save_file(statistics, file(index)))
-    passing_by = stream(model, anatomy, tokens, needs, ctx.device, start=start, hidden=state.get("hidden"), reached=reached)
+    hidden = state.pop("hidden", None)
+    passing_by = stream(model, model.anatomy, tokens, needs, ctx.device, start=start, hidden=hidden, reached=reached)
     for index, passing in enumerate(passing_by, start):
         values = {f"{group}:{name}": v.cpu() for group, of_group in passing.statistics.items() for name, v in of_group.items()}
         for name, value in values.items():
@@ -48,5 +47,7 @@ def run(ctx: TaskContext) -> dict[str, Any]:
                     f"{name} is not finite: in {ctx.spec['dtype']} the model's activations overflow. Try dtype=float32"
                 )
         save_file(values, file(index))
-        ctx.progress(index + 1, len(anatomy.blocks), "blocks")
-    return {"blocks": len(anatomy.blocks), "tokens": tokens.numel()}
+        passing.statistics.clear()
+        values.clear()
+        ctx.progress(index + 1, len(model.anatomy.blocks), "blocks")
+    return {"blocks": len(model.anatomy.blocks), "tokens": tokens.numel()}

@@ -12,6 +12,7 @@ A checkpoint holds the formulas of the finished blocks, the notes and, for the l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,20 +21,39 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pare.methods.anatomy.describe import Block, Group, describe, verify
+from pare.methods.anatomy.describe import Block, Group, describe
 from pare.methods.anatomy.views import weight_of
 from pare.methods.contract import Context, InputGroup, LayerMethod, load_all
 from pare.methods.parts.formula import Dense, Formula
+from pare.workers.blocks import open_blocks
 from pare.workers.calibration import stream
 from pare.workers.checkpoint import block_piece, resume_blocks
-from pare.workers.models import ModelArtifact, load_in_memory, load_skeleton, write_formulas
+from pare.workers.models import FOLD_IN, FOLD_OUT, ModelArtifact, folded, load_skeleton, write_formulas
 from pare.workers.task import TaskContext, TaskError
 
 Statistics = dict[str, dict[str, Tensor]]
 """Input group -> statistic -> value."""
 
-Made = list[dict[str, Formula]]
-"""For each finished block, parameter name -> formula on the CPU."""
+
+@dataclass
+class Finished:
+    """What was made of a block."""
+
+    formulas: dict[str, Formula]
+    """Parameter name -> its new formula."""
+
+    factors: dict[str, Tensor]
+    """What was folded into its weights; see `write_formulas`."""
+
+    def to(self, device: torch.device | str) -> Finished:
+        return Finished(
+            {name: formula.to(device) for name, formula in self.formulas.items()},
+            {name: factor.to(device) for name, factor in self.factors.items()},
+        )
+
+
+Made = list[Finished]
+"""The finished blocks, on the CPU."""
 
 Reached = Callable[[int, list[Tensor]], None]
 """Called before a block with its index and what it reads: the place to save."""
@@ -51,7 +71,7 @@ def run(ctx: TaskContext) -> dict[str, Any]:
 
     def reached(index: int, hidden: list[Tensor]) -> None:
         if ctx.checkpoint.due():
-            pieces = {block_piece(i): partial(to_piece, formulas) for i, formulas in enumerate(made)}
+            pieces = {block_piece(i): partial(to_piece, finished) for i, finished in enumerate(made)}
             ctx.checkpoint.save({"blocks": index, "hidden": hidden, "notes": notes}, pieces)
 
     def report(name: str, value: float) -> None:
@@ -59,11 +79,12 @@ def run(ctx: TaskContext) -> dict[str, Any]:
 
     context = Context(ctx.device, ctx.spec.get("seed", 0), report)
     if method.needs and "tokens" in ctx.inputs:
-        linears = compress_streaming(ctx, artifact, method, context, made, state.get("hidden"), reached)
+        linears = compress_streaming(ctx, artifact, method, context, made, state.pop("hidden", None), reached)
     else:
         linears = compress_blocks(ctx, artifact, method, context, made, reached)
-    formulas = {name: formula for of_block in made for name, formula in of_block.items()}
-    write_formulas(ctx.out, ctx.fingerprint_of["model"], formulas)
+    formulas = {name: formula for finished in made for name, formula in finished.formulas.items()}
+    factors = {name: factor for finished in made for name, factor in finished.factors.items()}
+    write_formulas(ctx.out, ctx.fingerprint_of["model"], formulas, factors)
     weights = sum(formulas[name].shape[0] * formulas[name].shape[1] for name in linears)
     whole = [in_place(artifact, name, formulas[name]) for name in linears]
     return {
@@ -90,8 +111,7 @@ def compress_blocks(
                 for group in block.groups:
                     wanted = [need.name for need in method.needs]
                     statistics[group.name] = {name: file.get_tensor(f"{group.name}:{name}").to(ctx.device) for name in wanted}
-        formulas = compress_block(artifact, block, statistics, method, context)
-        made.append({name: formula.to("cpu") for name, formula in formulas.items()})
+        made.append(compress_block(artifact, block, statistics, method, context).to("cpu"))
         ctx.progress(index + 1, len(anatomy.blocks), "blocks")
     return list(anatomy.widths)
 
@@ -109,43 +129,43 @@ def compress_streaming(
 
     hidden: what the first of these blocks reads, if blocks have been made. Returns the names of all linears.
     """
-    model = load_in_memory(artifact, getattr(torch, ctx.spec["dtype"]))
+    model = open_blocks(artifact, getattr(torch, ctx.spec["dtype"]))
     tokens = load_file(ctx.inputs["tokens"] / "tokens.safetensors")["input_ids"]
-    anatomy = describe(model)
-    verify(model, anatomy)
+    anatomy = model.anatomy
     method.check_shapes(anatomy.widths)
     passing_by = stream(
         model, anatomy, tokens, method.needs, ctx.device, "compressed", start=len(made), hidden=hidden, reached=reached
     )
     for passing in passing_by:
-        formulas = compress_block(artifact, passing.block, passing.statistics, method, context)
+        finished = compress_block(artifact, passing.block, passing.statistics, method, context)
         with torch.no_grad():
-            for name, formula in formulas.items():
-                weight = weight_of(model, name)
+            for name, formula in finished.formulas.items():
+                weight = weight_of(model.model, name)
                 weight.copy_(in_place(artifact, name, formula).materialise().view_as(weight))
-        made.append({name: formula.to("cpu") for name, formula in formulas.items()})
+        made.append(finished.to("cpu"))
+        del finished
         ctx.progress(len(made), len(anatomy.blocks), "blocks")
     return list(anatomy.widths)
 
 
 def compress_block(
     artifact: ModelArtifact, block: Block, statistics: Statistics, method: LayerMethod, context: Context
-) -> dict[str, Formula]:
-    """Parameter name -> new formula, on the device, for the linears of one block and what factors were folded into."""
+) -> Finished:
+    """New formulas, on the device, for the linears of one block and what factors were folded into. Takes the statistics."""
     groups: Iterable[InputGroup] = (
-        open_group(artifact, group, statistics[group.name], method, context) for group in block.groups
+        open_group(artifact, group, statistics.pop(group.name), method, context) for group in block.groups
     )
-    formulas: dict[str, Formula] = {}
+    finished = Finished({}, {})
     if method.folds:
         groups = opened = list(groups)
-        formulas |= fold_block(artifact, opened, method, context)
+        finished = fold_block(artifact, opened, method, context)
     for group in groups:
         made = method.compress(group, context)
         got, wanted = {n: f.shape for n, f in made.items()}, {n: tuple(w.shape) for n, w in group.weights.items()}
         if got != wanted:
             raise TaskError(f"{method.name} made formulas of shapes {got} for weights of shapes {wanted}")
-        formulas |= made
-    return formulas
+        finished.formulas |= made
+    return finished
 
 
 def open_group(
@@ -155,18 +175,19 @@ def open_group(
     weights = {name: artifact.materialise(name).to(context.device) for name in group.weights}
     original = {}
     if method.reads_original:
-        original = {name: artifact.dense.stored(name).float().to(context.device) for name in group.weights}
+        original = {name: artifact.original(name).to(context.device) for name in group.weights}
     return InputGroup(group.name, weights, present, statistics, original, group.fold)
 
 
-def fold_block(artifact: ModelArtifact, groups: list[InputGroup], method: LayerMethod, context: Context) -> dict[str, Formula]:
+def fold_block(artifact: ModelArtifact, groups: list[InputGroup], method: LayerMethod, context: Context) -> Finished:
     """Asks the method for factors, group by group, and works them into weights, statistics and what stands before.
 
-    Returns the formulas of what is no linear of the block: norms, and biases. They are rounded to the dtype in which the base
-    stores them, and what that changes in a norm goes into the weights behind it.
+    Returns the factors, and the formulas of what is no linear of the block: norms, and biases. They are rounded to the dtype in
+    which the base stores them, and what that changes in a norm goes into the weights behind it.
     """
     owner = {name: group for group in groups for name in group.weights}
     formulas: dict[str, Formula] = {}
+    factors: dict[str, Tensor] = {}
     for group in groups:
         s = method.fold(group, context) if group.fold else None
         if group.fold is None or s is None:
@@ -182,6 +203,10 @@ def fold_block(artifact: ModelArtifact, groups: list[InputGroup], method: LayerM
         for name, value in group.fold.divided(before, s).items():
             if name in owner:
                 owner[name].weights = owner[name].weights | {name: value}
+                one = group.fold.feeding(s)
+                rows = factors.get(FOLD_OUT + name, torch.ones(len(value), device=value.device)).clone()
+                rows[group.fold.start : group.fold.start + len(one)] *= one
+                factors[FOLD_OUT + name] = rows
                 continue
             stored = value.to(artifact.dense.stored(name).dtype)
             formulas[name] = Formula([Dense(stored[None])])
@@ -189,9 +214,12 @@ def fold_block(artifact: ModelArtifact, groups: list[InputGroup], method: LayerM
                 one = 1.0 if group.fold.kind == "norm_plus_one" else 0.0
                 s = ((before[name] + one) / (stored.float() + one)).where(stored != -one, s)
         group.weights = {name: weight * s for name, weight in group.weights.items()}
-        group.original = {name: weight * s for name, weight in group.original.items()}
+        factors |= {FOLD_IN + name: s for name in group.weights}
         group.statistics = {need.name: need.of_divided(group.statistics[need.name], s) for need in method.needs}
-    return formulas
+    for group in groups:
+        for name, weight in group.original.items():
+            group.original[name] = folded(weight, name, factors)
+    return Finished(formulas, factors)
 
 
 def in_place(artifact: ModelArtifact, name: str, formula: Formula) -> Formula:
@@ -199,10 +227,12 @@ def in_place(artifact: ModelArtifact, name: str, formula: Formula) -> Formula:
     return formula if formula.op == "replace" else Formula([*artifact.effective(name).parts, *formula.parts])
 
 
-def to_piece(formulas: dict[str, Formula]) -> dict[str, Any]:
-    """Formulas as a checkpoint keeps them."""
-    return {name: {"spec": formula.spec(), "tensors": formula.tensors()} for name, formula in formulas.items()}
+def to_piece(finished: Finished) -> dict[str, Any]:
+    """A finished block as a checkpoint keeps it."""
+    formulas = {name: {"spec": formula.spec(), "tensors": formula.tensors()} for name, formula in finished.formulas.items()}
+    return {"formulas": formulas, "factors": finished.factors}
 
 
-def from_piece(piece: dict[str, Any]) -> dict[str, Formula]:
-    return {name: Formula.from_tensors(entry["spec"], entry["tensors"]) for name, entry in piece.items()}
+def from_piece(piece: dict[str, Any]) -> Finished:
+    formulas = {name: Formula.from_tensors(entry["spec"], entry["tensors"]) for name, entry in piece["formulas"].items()}
+    return Finished(formulas, piece["factors"])
