@@ -193,6 +193,12 @@ class Job:
         n = self.shape.parameters
         return Work(moved=n * 40, memory=n * (self.item + self.shape.weight_bytes))
 
+    def block_by_block(self) -> Work:
+        """The same, a block at a time; what belongs to no block is there for the first one's input alone."""
+        s = self.shape
+        held = max(s.parameters - s.linears, s.linears / max(s.blocks, 1)) * (self.item + s.weight_bytes)
+        return Work(moved=s.parameters * 40, memory=held)
+
     def forward(self, sequences: int, length: int, head: int = 0, rows: int = 2048) -> Work:
         """A forward pass in batches of `rows` tokens; `head` output heads with the softmax over each."""
         s, tokens = self.shape, sequences * length
@@ -248,8 +254,8 @@ def calibrate(job: Job) -> Work:
     tokens = sequences * length
     has_gram = any(statistic["class"] == Gram.__qualname__ for statistic in job.spec["statistics"])
     grams = Work(2 * tokens * s.gram, disk=4.0 * s.gram) if has_gram else Work(disk=4.0 * s.columns)
-    held = Work(memory=job.loading().memory + tokens * s.width * job.item * 2)
-    return job.loading() + job.forward(sequences, length, rows=4 * length) + grams + held
+    held = Work(memory=job.block_by_block().memory + tokens * s.width * job.item * 2)
+    return job.block_by_block() + job.forward(sequences, length, rows=4 * length) + grams + held
 
 
 def compress(job: Job) -> Work:
@@ -263,7 +269,7 @@ def compress(job: Job) -> Work:
     if "tokens" in job.record["inputs"]:  # every block sees its compressed predecessors: two passes and the statistics
         sequences, length = job.windows()
         passes = job.forward(sequences, length, rows=4 * length).times(2)
-        work += job.loading() + passes + Work(memory=work.memory + job.loading().memory)
+        work += job.block_by_block() + passes + Work(memory=work.memory + job.block_by_block().memory)
         work += Work(2 * sequences * length * s.gram) if has_gram else Work()
     return work
 
