@@ -49,6 +49,18 @@ def control() -> float:
     return statistics.median(taken)
 
 
+def long_control() -> float:
+    """The same, on average over some seconds: beside readings of a minute, in which short bursts even out as well."""
+    import torch
+
+    a = torch.ones(2 * SIDE, 2 * SIDE)
+    torch.mm(a, a)
+    start = time.perf_counter()
+    for _ in range(TIMES):
+        torch.mm(a, a)
+    return (time.perf_counter() - start) / TIMES
+
+
 def flush_ms() -> float:
     """Milliseconds in which a new small file reaches the disk, the median of a few, after all that waited has."""
     os.sync()

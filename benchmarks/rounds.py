@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class Benchmark:
 
     peer_packages: Sequence[str]
     once: Sequence[Leg] = ()
+    control: Callable[[], float] = control
     extra: Mapping[str, Any] = field(default_factory=dict)
     """What else is written down."""
 
@@ -65,9 +66,9 @@ def run(benchmark: Benchmark, given: argparse.Namespace) -> int:
             if given.only and leg.name not in given.only:
                 continue
             python = given.peers if leg.module in benchmark.peers else sys.executable
-            flushed, before = flush_ms(), control()
+            flushed, before = flush_ms(), benchmark.control()
             values = measure([python, "-m", leg.module, leg.name, leg.argument])
-            readings.append(Reading(leg.name, leg.argument, round_, values, before, control(), flushed))
+            readings.append(Reading(leg.name, leg.argument, round_, values, before, benchmark.control(), flushed))
             say(f"{time.monotonic() - started:5.0f} s  {leg.name} {leg.argument}: {shown(values)}")
     found = figures(benchmark.figures, readings)
     result = {

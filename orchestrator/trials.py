@@ -20,7 +20,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from pare.methods.contract import METHODS, AllocateMethod, Method, SettingsError
+from pare.methods.contract import METHODS, AllocateMethod, LayerMethod, Method, SettingsError
 from pare.orchestrator.errors import ConfigError, nearest
 from pare.orchestrator.schema import (
     DTYPES,
@@ -244,6 +244,10 @@ def varied(where: str, vary: Mapping[str, Any], levels: Stage) -> dict[str, list
         layers = sorted(name for name, other in METHODS.items() if other.kind == "layer")
         raise ConfigError(f"{parent}.levels: {levels.method} is a method of kind {cls.kind!r}; levels are made by a method "
                           f"of kind 'layer': {', '.join(layers)}")  # fmt: skip
+    if issubclass(cls, LayerMethod) and cls.folds:
+        raise ConfigError(f"{parent}.levels: {levels.method} folds factors into what stands before its linears, so levels of "
+                          f"two linears cannot be mixed. Let it come before the search as a stage of its own that only scales, "
+                          f"and choose among levels of gptq or rtn")  # fmt: skip
     if len(vary) != 1:
         given = f"names {', '.join(vary)}. Drop all but one: ~{where}.{next(iter(vary))}" if vary else "is empty"
         raise ConfigError(f"{where} {given}{'' if vary else f'. Try: +{where}.bits=[2,3,4]'}. "

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from benchmarks.core.figures import FIGURES
 from benchmarks.core.inputs import PLACE, make_inputs
+from benchmarks.readings import long_control
 from benchmarks.rounds import Benchmark, Leg, parser, run
 
 OURS, PEERS = "benchmarks.core.legs", "benchmarks.core.peers"
@@ -29,6 +30,7 @@ BENCHMARK = Benchmark(
     figures=FIGURES,
     peers=[PEERS],
     packages=["torch", "transformers"],
+    control=long_control,
     peer_packages=["torch", "transformers", "llmcompressor"],
 )
 

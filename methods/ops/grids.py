@@ -130,10 +130,11 @@ class IntegerGrid:
 
     def error(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Sum of |error|^2.4 over each group: weight (n, columns of a group) -> (n,)."""
-        scale, zero = scale.unsqueeze(-1), zero.unsqueeze(-1)
-        rounded = (self.encode(weight, scale, zero) - zero) * scale.to(weight.dtype)
+        scale = scale.to(weight.dtype)
+        steps = weight / scale.unsqueeze(-1)
+        error = steps.sub_(steps.round().clamp_((self.bottom - zero).unsqueeze(-1), (self.top - zero).unsqueeze(-1)))
         # Half the time of pow, which is most of the search; the logarithm of no error is -inf, and comes back as 0.
-        return (weight - rounded).abs_().log2_().mul_(ERROR_POWER).exp2_().sum(-1)
+        return error.abs_().log2_().mul_(ERROR_POWER).exp2_().sum(-1) * scale**ERROR_POWER
 
     def scale_and_zero(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Ranges [low, high] that hold zero, not empty -> scale, cast to its stored dtype, and zero for that scale."""

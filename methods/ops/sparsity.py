@@ -12,6 +12,9 @@ from pare.methods.parts.formula import Formula
 from pare.methods.parts.masked import Kept, Masked, NofM
 from pare.methods.settings import SettingsError
 
+FEW = 8
+"""Numbers among which the smallest are found by comparing each with each."""
+
 
 class Pattern(NamedTuple):
     kept: int
@@ -49,7 +52,17 @@ def count(n: int, sparsity: float) -> int:
 
 def all_but_smallest(score: Tensor, dropped: int) -> Tensor:
     """score (..., n) -> bool (..., n): false for the `dropped` smallest along the last dimension, of equal ones the first."""
-    order = score.argsort(dim=-1, stable=True)[..., :dropped]
+    n = score.shape[-1]
+    if dropped == 0:
+        return torch.ones_like(score, dtype=torch.bool)
+    if n <= FEW:  # every one against every other: less than sorting so short runs takes
+        runs = score.unbind(-1)
+        smaller = [sum((a <= b if i < j else a < b).int() for i, a in enumerate(runs)) for j, b in enumerate(runs)]
+        return torch.stack([count >= dropped for count in smaller], -1)
+    keep = score > score.kthvalue(dropped, dim=-1, keepdim=True).values
+    if int(keep.sum()) == keep.numel() // n * (n - dropped):
+        return keep
+    order = score.argsort(dim=-1, stable=True)[..., :dropped]  # equal ones on the edge
     return torch.ones_like(score, dtype=torch.bool).scatter_(-1, order, False)
 
 

@@ -93,6 +93,30 @@ class MeanSquare(Statistic):
         return value / s.square()
 
 
+class LargestMagnitude(Statistic):
+    """a_j = max over the tokens of |x_j|, float32 (in,): what a static grid for the inputs has to span."""
+
+    name = "largest_magnitude"
+
+    def start(self, n_features: int, device: torch.device) -> None:
+        self.largest = torch.zeros(n_features, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        if len(x):
+            self.largest = torch.maximum(self.largest, x.to(self.largest.device, torch.float32).abs().amax(0))
+        self.tokens += len(x)
+
+    def finish(self) -> Tensor:
+        if not self.tokens:
+            raise ValueError("the largest of no tokens: the linears of this group were never called")
+        return self.largest
+
+    @classmethod
+    def of_divided(cls, value: Tensor, s: Tensor) -> Tensor:
+        return value / s
+
+
 class MeanMagnitude(Statistic):
     """a_j = mean over the tokens of |x_j|, float32 (in,)."""
 

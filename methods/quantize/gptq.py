@@ -110,7 +110,7 @@ class Gptq(IntegerGrid, LayerMethod):
             for out, grid in zip((scale, zero), self.fit(self.split(weight)), strict=True):
                 out.copy_(grid.T)
         group_of = ((order if static else torch.arange(n)) // g).tolist()
-        diagonal = factor.diagonal().tolist()
+        unit = factor / factor.diagonal()[:, None]  # so that an error need not be divided by its U_ii
 
         # A block ends where a group starts, so that the group's grid is fitted to weights which carry all errors before it.
         edges = sorted({n, *range(0, n, self.block_size), *(() if static else range(0, n, g))})
@@ -125,11 +125,10 @@ class Gptq(IntegerGrid, LayerMethod):
                 torch.div(w[i], s, out=q).round_().add_(z).clamp_(self.bottom, self.top)
                 if stays is not None:
                     torch.where(stays[i], q, z, out=q)
-                torch.sub(q, z, out=e).mul_(s)
-                torch.sub(w[i], e, out=e).div_(diagonal[i])
-                w[i + 1 : stop].addr_(factor[i, i + 1 : stop], e, alpha=-1)
+                torch.addcmul(w[i], torch.sub(q, z, out=e), s, value=-1, out=e)
+                w[i + 1 : stop].addr_(unit[i, i + 1 : stop], e, alpha=-1)
             done = errors[: stop - start]
-            w[stop:].addmm_(factor[start:stop, stop:].T, done, alpha=-1)
-            loss += done.square().sum()
+            w[stop:].addmm_(unit[start:stop, stop:].T, done, alpha=-1)
+            loss += (done / factor.diagonal()[start:stop, None]).square().sum()
         stored = scale.T.contiguous().to(getattr(torch, self.scale_dtype))
         return codes[order.argsort()].T, stored, zero.T, loss.item()

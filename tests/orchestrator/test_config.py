@@ -128,6 +128,10 @@ def test_invalid_combinations_can_be_skipped_and_are_listed() -> None:
             ["recipe=ilp", "method@recipe.search.levels=lora"],
             ["recipe.search.levels: lora is a method of kind 'train'", "gptq"],
         ),
+        (
+            ["recipe=ilp", "method@recipe.search.levels=awq"],
+            ["recipe.search.levels: awq folds factors into what stands before its linears", "gptq or rtn"],
+        ),
         (["recipe=ilp", "recipe.search.vary.bits=[3]"], ["recipe.search.vary.bits must be two or more different numbers"]),
         (["recipe=ilp", "recipe.search.vary.bits=[3,x]"], ["recipe.search.vary.bits", "Integer"]),
         (["recipe=ilp", "recipe.search.vary.bits=[3,9]"], ["recipe.search.vary.bits: bits must be in [2, 8], got 9"]),

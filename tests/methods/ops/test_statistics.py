@@ -1,16 +1,24 @@
+from typing import Any
+
 import pytest
 import torch
 
 from pare.methods.ops.precision import full_float32
-from pare.methods.ops.statistics import Gram
+from pare.methods.ops.statistics import Gram, LargestMagnitude, MeanMagnitude, MeanSquare, Statistic
+
+EVERY = [Gram, LargestMagnitude, MeanMagnitude, MeanSquare]
 
 
-def gram(*chunks: torch.Tensor) -> torch.Tensor:
-    statistic = Gram()
+def collected(need: Any, *chunks: torch.Tensor) -> torch.Tensor:
+    statistic: Statistic = need()
     statistic.start(chunks[0].shape[1], torch.device("cpu"))
     for chunk in chunks:
         statistic.add(chunk)
     return statistic.finish()
+
+
+def gram(*chunks: torch.Tensor) -> torch.Tensor:
+    return collected(Gram, *chunks)
 
 
 def test_the_gram_matrix_is_twice_the_mean_of_outer_products() -> None:
@@ -27,8 +35,31 @@ def test_chunks_of_unequal_size_count_by_their_tokens_and_low_precision_inputs_a
     torch.testing.assert_close(gram(x), got, rtol=0, atol=1e-5)
 
 
-def test_a_group_that_was_never_called_is_an_error_not_a_zero() -> None:
-    statistic = Gram()
+@pytest.mark.parametrize("features", [1, 191, 192, 193, 1600])
+def test_the_gram_matrix_of_many_features_is_put_together_from_its_upper_half(features: int) -> None:
+    x = torch.randn(50, features, generator=torch.Generator().manual_seed(0))
+    found = gram(x[:20], x[20:])
+    torch.testing.assert_close(found, 2 * x.T @ x / 50, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found, found.T)
+
+
+def test_magnitudes_by_hand() -> None:
+    x = torch.tensor([[1.0, -2.0], [-3.0, 0.0]])
+    assert collected(MeanMagnitude, x[:1], x[1:]).tolist() == [2.0, 1.0]
+    assert collected(LargestMagnitude, x[:1], x[1:]).tolist() == [3.0, 2.0]
+    assert collected(MeanSquare, x[:1], x[1:]).tolist() == [5.0, 2.0]
+
+
+@pytest.mark.parametrize("need", EVERY)
+def test_a_statistic_of_divided_inputs_is_what_those_inputs_would_give(need: Any) -> None:
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    s = torch.randn(16, generator=torch.Generator().manual_seed(4)).exp()
+    torch.testing.assert_close(need.of_divided(collected(need, x), s), collected(need, x / s), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("need", EVERY)
+def test_a_group_that_was_never_called_is_an_error_not_a_zero(need: Any) -> None:
+    statistic = need()
     statistic.start(4, torch.device("cpu"))
     with pytest.raises(ValueError, match="no tokens"):
         statistic.finish()
