@@ -6,10 +6,16 @@ from pathlib import Path
 import pytest
 
 from pare.workers.fresh import FreshProcess
-from pare.workers.run import Clock, bytes_of
+from pare.workers.run import Clock, bytes_of, release_memory
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the mark is set back through /proc")
 MB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def settled() -> None:
+    """Garbage of other tests that goes while a clock runs would be taken off what it measures."""
+    release_memory()
 
 
 @linux
