@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import os
 import platform
-import resource
 import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from pare.workers.memory import free_memory as free_memory
 
 
 @functools.cache
@@ -48,24 +49,6 @@ def cpu_name() -> str:
 def key(device: str) -> str:
     """The hardware that a speed figure belongs to. Never a host name."""
     return f"{gpus()[0]}" if device == "cuda" and gpus() else f"{cpu_name()} x{cores()}"
-
-
-def free_memory(limit_gb: float | None = None) -> int:
-    """Bytes that can be allocated now: the least of what the system, the control group, RLIMIT_AS and the user allow."""
-    bounds = [psutil.virtual_memory().available]
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        try:
-            text = (Path("/sys/fs/cgroup") / limit).read_text().strip()
-            if text != "max" and int(text) < 1 << 60:
-                bounds.append(int(text) - int((Path("/sys/fs/cgroup") / used).read_text()))
-        except (OSError, ValueError):
-            continue
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
-        bounds.append(soft)
-    if limit_gb is not None:
-        bounds.append(int(limit_gb * 1e9))
-    return max(0, min(bounds))
 
 
 def free_gpu_memory() -> int | None:

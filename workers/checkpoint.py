@@ -1,7 +1,7 @@
 """How far a task has come, kept in the store until the task is done, so that another attempt goes on from there.
 
     PREFIX/00000007-<digest>.pt       a state; the last two are kept
-    PREFIX/pieces/NAME-<digest>.pt    finished work that states build upon, written once
+    PREFIX/pieces/NAME-<digest>.pt    work that states build upon, written once and kept for as long as one does
 
 The digest (BLAKE3) of the content is part of the name: what does not match it is torn or damaged and never opened.
 """
@@ -12,6 +12,7 @@ import io
 import sys
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from pare.workers.blobs import Blobs
+from pare.workers.hidden_states import HiddenStates
 
 EVERY_S = 30.0
 KEPT = 2
@@ -32,6 +34,8 @@ class Checkpoint:
     def __init__(self, blobs: Blobs, prefix: str) -> None:
         self._blobs, self._prefix = blobs, prefix
         self._since, self._took = time.monotonic(), 0.0
+        self._built_upon: list[set[str]] = []
+        """Names of the pieces of the states that this object has saved and that are kept."""
 
     def due(self, every_s: float = EVERY_S) -> bool:
         """Whether so many seconds have gone by since the last save, or since this object was made."""
@@ -40,7 +44,8 @@ class Checkpoint:
     def save(self, state: dict[str, Any], pieces: Mapping[str, Callable[[], dict[str, Any]]] | None = None) -> None:
         """Keeps `state`: dicts, lists and tuples of tensors (on any device) and plain JSON values.
 
-        pieces: name -> what makes it. Called for the names that are not kept yet, before the state is written.
+        pieces: name -> what makes it, of all that this state builds upon. Called for the names that are not kept yet, one
+            after another, before the state is written. Pieces that no kept state builds upon go.
 
         Raises:
             StoreError: the place is full or cannot be written. What was saved before still holds.
@@ -56,6 +61,11 @@ class Checkpoint:
         self._write(f"{number:08d}", state)
         for key in old[: len(old) + 1 - KEPT]:
             self._blobs.delete(key)
+        self._built_upon = [*self._built_upon, {*(pieces or {})}][-KEPT:]
+        if len(self._built_upon) == KEPT:  # otherwise there is a state of an earlier attempt
+            for key in self._keys("pieces/"):
+                if not any(name_of(key) in names for names in self._built_upon):
+                    self._blobs.delete(key)
         self._since = time.monotonic()
         self._took = self._since - start
 
@@ -124,20 +134,47 @@ class NothingKept(Checkpoint):
 NO_CHECKPOINT = NothingKept()
 
 
-def resume_blocks(checkpoint: Checkpoint, restore: Callable[[int, dict[str, Any]], None]) -> tuple[int, dict[str, Any]]:
-    """Takes up a task that finishes one block of a model after another and saved `blocks` (how many) in its state.
+def save_blocks(
+    checkpoint: Checkpoint,
+    blocks: int,
+    hidden: HiddenStates,
+    pieces: Mapping[str, Callable[[], dict[str, Any]]],
+    **more: Any,
+) -> None:
+    """Keeps how far a task has come that finishes one block of a model after another: how many, and what the next one reads.
 
-    Calls restore(index, piece) for every finished block. Returns how many there are and the state; (0, {}) where a piece is
-    damaged, so that the task starts over.
+    pieces: `block_piece` of every finished block -> what makes it. One hidden state at a time is in memory for this.
+    """
+    states = {hidden_piece(blocks, i): partial(lambda i: {"hidden": hidden[i]}, i) for i in range(len(hidden))}
+    checkpoint.save({"blocks": blocks, "batches": len(hidden), **more}, {**pieces, **states})
+
+
+def resume_blocks(
+    checkpoint: Checkpoint, restore: Callable[[int, dict[str, Any]], None], hidden: HiddenStates
+) -> tuple[int, dict[str, Any]]:
+    """Takes up what `save_blocks` has kept: calls restore(index, piece) for every finished block and fills `hidden`.
+
+    Returns how many blocks are finished and the state; (0, {}) where a piece is damaged, so that the task starts over.
     """
     state = checkpoint.latest() or {}
-    for index in range(state.get("blocks", 0)):
-        piece = checkpoint.piece(block_piece(index))
+    blocks = state.get("blocks", 0)
+    names = [block_piece(i) for i in range(blocks)] + [hidden_piece(blocks, i) for i in range(state.get("batches", 0))]
+    for index, name in enumerate(names):
+        piece = checkpoint.piece(name)
         if piece is None:
             checkpoint.clear()
+            hidden.clear()
             return 0, {}
-        restore(index, piece)
-    return state.get("blocks", 0), state
+        if index < blocks:
+            restore(index, piece)
+        else:
+            hidden.append(piece["hidden"])
+    return blocks, state
+
+
+def hidden_piece(blocks: int, batch: int) -> str:
+    """Name of the piece that holds what the block after so many finished ones reads of a batch."""
+    return f"hidden_{blocks:03d}_{batch:04d}"
 
 
 def block_piece(index: int) -> str:

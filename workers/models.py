@@ -3,35 +3,38 @@
 A model artifact is a directory in one of two forms:
 - *dense*: what `save_pretrained` writes (config.json, model.safetensors or shards, tokenizer). The imported base.
 - *formulas*: `tensors.json` (name -> formula, and the fingerprint of the base it stands on) beside `weights.safetensors`
-  with the operands. A name is that of a parameter, or of a view of one (see `methods/anatomy/views.py`); the formula of a
-  vector (n,) has the shape (1, n). A parameter that the table does not name is the base's, so a tie, an embedding or a
-  whole frozen model costs its bytes once. A file form of a method's own (`adapter/`) may stand beside. Where the stage has
-  folded factors into weights, they stand with the operands as `fold.in:NAME` (in,), by which columns were multiplied, and
-  `fold.out:NAME` (out,), by which rows were divided: without them nobody could tell a changed weight from a scaled one.
+  with the operands, or shards of it with an index. A name is that of a parameter, or of a view of one (see
+  `methods/anatomy/views.py`); the formula of a vector (n,) has the shape (1, n). A parameter that the table does not name is
+  the base's, so a tie, an embedding or a whole frozen model costs its bytes once. A file form of a method's own (`adapter/`)
+  may stand beside. Where the stage has folded factors into weights, they stand with the operands as `fold.in:NAME` (in,), by
+  which columns were multiplied, and `fold.out:NAME` (out,), by which rows were divided: without them nobody could tell a
+  changed weight from a scaled one.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pare.methods.anatomy.views import parse, view, weight_of
 from pare.methods.parts.formula import Dense, Formula
 from pare.workers.loading import is_loading
 from pare.workers.quantised_inputs import quantise_inputs
+from pare.workers.shards import ShardWriter
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 FORMAT = 1
-TABLE, OPERANDS = "tensors.json", "weights.safetensors"
+TABLE, STEM = "tensors.json", "weights"
+SHARD_BYTES = 64 << 20
+"""Of the operands of an artifact what is gathered in memory before it is written: a block or so of a large model."""
 FOLD_IN, FOLD_OUT = "fold.in:", "fold.out:"
 """What stands before the name of a weight in the key of its factors."""
 
@@ -52,7 +55,10 @@ class ModelArtifact:
             self.table = content["tensors"]
             self.base_fingerprint = content["base"]
             self.base = ModelArtifact(resolve(content["base"]), resolve)
-            self._operands = safe_open(self.directory / OPERANDS, framework="pt")
+            self._operands = dense_index(self.directory, STEM)
+            self._keys: dict[str, list[str]] = {}
+            for key in self._operands:
+                self._keys.setdefault(key.partition(":")[0], []).append(key)
             self._views: dict[str, list[str]] = {}
             for name in self.table:
                 if not parse(name).is_plain:
@@ -73,10 +79,7 @@ class ModelArtifact:
         """This artifact's own entry for a name; None where the base's value stands."""
         if name not in self.table:
             return None
-        spec = self.table[name]
-        keys = [k for k in self._operands.keys() if k.startswith(name + ":")]  # noqa: SIM118 - safe_open is no mapping
-        tensors = {k: self._operands.get_tensor(k) for k in keys}
-        return Formula.from_tensors(spec, within_name(name, tensors))
+        return Formula.from_tensors(self.table[name], within_name(name, self._read(self._keys.get(name, ()))))
 
     def compressed_names(self) -> list[str]:
         """Names that have a formula here or in an artifact beneath, in order: of parameters and of views."""
@@ -113,8 +116,8 @@ class ModelArtifact:
         nothing but fold."""
         if self.base is None:
             return self.stored(name).float()
-        keys = {FOLD_IN + name, FOLD_OUT + name} & {*self._operands.keys()}
-        return folded(self.base.original(name), name, {key: self._operands.get_tensor(key) for key in keys})
+        factors = [key for key in (FOLD_IN + name, FOLD_OUT + name) if key in self._operands]
+        return folded(self.base.original(name), name, self._read(factors))
 
     def materialise(self, name: str) -> Tensor:
         """The dense value of what a name stands for, float32, all formulas down to the base worked out. A parameter whose
@@ -136,6 +139,14 @@ class ModelArtifact:
             for part in self._views[parameter]:
                 view(value, part).copy_(self.materialise(part))
         return value
+
+    def _read(self, keys: Sequence[str]) -> dict[str, Tensor]:
+        """Operands. A file is open only while it is read, so that its pages do not stay."""
+        tensors: dict[str, Tensor] = {}
+        for file in {self._operands[key] for key in keys}:
+            with safe_open(file, framework="pt") as f:
+                tensors |= {key: f.get_tensor(key) for key in keys if self._operands[key] == file}
+        return tensors
 
 
 def folded(weight: Tensor, name: str, factors: Mapping[str, Tensor]) -> Tensor:
@@ -161,7 +172,59 @@ def within_name(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key[len(name) + 1 :]: t for key, t in tensors.items()}
 
 
-@is_loading
+Entry = dict[str, Any]
+"""What the table says of a formula."""
+
+
+def as_written(formulas: Mapping[str, Formula], factors: Mapping[str, Tensor]) -> tuple[dict[str, Entry], dict[str, Tensor]]:
+    """(what goes into the table, operands) of an artifact. factors: see `write_formulas`."""
+    table = {name: formula.spec() for name, formula in formulas.items()}
+    operands = {f"{name}:{key}": operand for name, formula in formulas.items() for key, operand in formula.tensors().items()}
+    return table, {**operands, **factors}
+
+
+class FormulaWriter:
+    """Writes a *formulas* artifact as its formulas come; no more operands are in memory than a shard holds."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.table: dict[str, Entry] = {}
+        self.operands = ShardWriter(directory, STEM, SHARD_BYTES)
+        self._seen: set[int] = set()
+
+    @is_loading
+    def add(self, table: Mapping[str, Entry], operands: Mapping[str, Tensor]) -> None:
+        """Both as `as_written` makes them."""
+        self.table |= table
+        for key, operand in operands.items():
+            t = operand.detach().cpu().contiguous()
+            storage = t.untyped_storage()
+            # safetensors refuses tensors that share memory, such as one column order for several linears; a part of a
+            # larger tensor would keep all of it.
+            is_alone = storage.data_ptr() not in self._seen and storage.nbytes() == t.nbytes
+            self.operands.add(key, t if is_alone else t.clone())
+            self._seen.add(storage.data_ptr())
+
+    def discard(self) -> None:
+        """Takes away all that was added."""
+        self.table = {}
+        self.operands.discard()
+
+    @is_loading
+    def close(self, base_fingerprint: str) -> None:
+        """Raises:
+        ValueError: a parameter has a formula, and so has a view of it.
+        """
+        twice = [name for name in self.table if not parse(name).is_plain and parse(name).parameter in self.table]
+        if twice:
+            raise ValueError(
+                f"{twice[0]} has a formula, and so has the parameter that it is a view of: only one of them counts"
+            )
+        self.operands.close()
+        table = {"format": FORMAT, "base": base_fingerprint, "tensors": self.table}
+        (self.directory / TABLE).write_text(json.dumps(table, indent=1))
+
+
 def write_formulas(
     directory: Path, base_fingerprint: str, formulas: Mapping[str, Formula], factors: Mapping[str, Tensor] | None = None
 ) -> None:
@@ -172,21 +235,9 @@ def write_formulas(
     Raises:
         ValueError: a parameter has a formula, and so has a view of it.
     """
-    twice = [name for name in formulas if not parse(name).is_plain and parse(name).parameter in formulas]
-    if twice:
-        raise ValueError(f"{twice[0]} has a formula, and so has the parameter that it is a view of: only one of them counts")
-    table = {name: formula.spec() for name, formula in formulas.items()}
-    operands: dict[str, Tensor] = {}
-    written: set[int] = set()
-    named = [(f"{name}:{key}", operand) for name, formula in formulas.items() for key, operand in formula.tensors().items()]
-    for key, operand in [*named, *(factors or {}).items()]:
-        t = operand.detach().cpu().contiguous()
-        where = t.untyped_storage().data_ptr()
-        # safetensors refuses tensors that share memory, such as one column order for several linears.
-        operands[key] = t.clone() if where in written else t
-        written.add(where)
-    save_file(operands, directory / OPERANDS, metadata={"format": "pt"})
-    (directory / TABLE).write_text(json.dumps({"format": FORMAT, "base": base_fingerprint, "tensors": table}, indent=1))
+    writer = FormulaWriter(directory)
+    writer.add(*as_written(formulas, factors or {}))
+    writer.close(base_fingerprint)
 
 
 def load_dense(directory: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:

@@ -19,7 +19,9 @@ def finite(statistic: Tensor, method: str, group: str) -> Tensor:
 def without_dead(gram: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """H (in, in), W (out, in) -> both with features that are always zero out of the way: 1 on the diagonal, no weight."""
     dead = gram.diagonal() == 0
-    return gram + torch.diag(dead.to(gram.dtype)), weight.masked_fill(dead, 0)
+    gram = gram.clone()
+    gram.diagonal().masked_fill_(dead, 1)
+    return gram, weight.masked_fill(dead, 0)
 
 
 def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor | None, float]:
@@ -27,11 +29,16 @@ def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor | None, float]:
 
     None where even d > 1 does not help. With J the reversal of all indices and J H J = L L^T, U is the inverse of J L J.
     """
-    eye, mean = torch.eye(len(gram), dtype=gram.dtype, device=gram.device), gram.diagonal().mean()
+    mean = gram.diagonal().mean()
     while damping <= 1:
-        lower, info = torch.linalg.cholesky_ex((gram + damping * mean * eye).flip(0, 1))
+        damped = gram.flip(0, 1)
+        damped.diagonal().add_(damping * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        del damped
         if info.item() == 0:
-            return inverse_of_upper(lower.flip(0, 1)), damping
+            upper = lower.flip(0, 1)
+            del lower
+            return inverse_of_upper(upper), damping
         damping *= 2
     return None, damping
 

@@ -17,21 +17,29 @@ import torch
 from safetensors.torch import save_file
 
 from pare.methods.ops.statistics import Gram
+from pare.workers import hidden_states, models
 from pare.workers.models import ModelArtifact, load_in_memory
 from pare.workers.probe import resident_bytes
 from pare.workers.task import TaskContext
 from pare.workers.tasks import calibrate, compress
 
-WIDTH, FFN, BLOCKS = 512, 1024, 16
-SEQUENCES, LENGTH = 8, 128
+WIDTH, FFN, BLOCKS = 512, 1024, 12
+SEQUENCES, LENGTH = 32, 128
 BLOCK = 4 * (4 * WIDTH**2 + 3 * WIDTH * FFN)
 """Bytes of the weights of a block in float32, the dtype of the forward pass here and of what methods work on."""
 STATISTICS = 4 * (3 * WIDTH**2 + FFN**2)
 """Bytes of the Gram matrices of a block."""
-ACTIVATIONS = 2 * 4 * SEQUENCES * LENGTH * WIDTH + 4 * 4 * 4 * LENGTH * FFN
-"""Of all sequences what a block reads and puts out; inside it, of a batch of four, four tensors of the MLP's width."""
+HIDDEN = 4 * SEQUENCES * LENGTH * WIDTH
+"""Bytes of what a block reads of all sequences."""
+HELD = HIDDEN // 4
+"""How many of these may be in memory."""
+ACTIVATIONS = HELD + 4 * 4 * LENGTH * (2 * WIDTH + 4 * FFN)
+"""Of a batch of four sequences what a block reads and puts out, and inside it four tensors of the MLP's width."""
+SHARD = 1 << 20
+"""Bytes of finished operands in memory."""
 CONSTANT = 10e6
 """Of the largest linear the copies of its Gram matrix and of its weights that a method works on; files that are read."""
+LIMIT = 2 * BLOCK + STATISTICS + ACTIVATIONS + SHARD + CONSTANT
 
 
 def main(root: Path) -> dict[str, int]:
@@ -56,16 +64,19 @@ def main(root: Path) -> dict[str, int]:
 
         return work
 
+    models.SHARD_BYTES = SHARD
     gram = {"statistics": [{"module": Gram.__module__, "class": "Gram"}]}
     gptq: dict[str, Any] = {"method": "gptq", "settings": {"bits": 4, "group_size": 64}}
     sequential = gptq | {"settings": gptq["settings"] | {"inputs": "compressed"}}
     run(calibrate, "before", gram, "model", "tokens")()  # imports, and memory that stays with the process
+    unlimited = growth(run(calibrate, "unlimited", gram, "model", "tokens"))
+    hidden_states.free_memory = lambda: int(HELD / hidden_states.PART)
     return {
         "whole": growth(lambda: load_in_memory(ModelArtifact(places["model"], Path), torch.float32)),
+        "unlimited": unlimited,
         "calibrate": growth(run(calibrate, "statistics", gram, "model", "tokens")),
         "dense": growth(run(compress, "dense", gptq, "model", "statistics")),
         "compressed": growth(run(compress, "compressed", sequential, "model", "tokens")),
-        "made": (root / "dense" / "weights.safetensors").stat().st_size,
     }
 
 

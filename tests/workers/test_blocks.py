@@ -115,6 +115,7 @@ def test_statistics_on_top_of_rounded_inputs_are_refused(workshop: Any, codes: C
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the Linux kernel's mark of the highest resident size")
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_a_model_larger_than_the_limit_is_calibrated_and_compressed_in_the_memory_of_two_blocks(tmp_path: Path) -> None:
     # A process of its own, in which tensors of this size go back to the system when they are freed, as those of real size do.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
@@ -122,9 +123,7 @@ def test_a_model_larger_than_the_limit_is_calibrated_and_compressed_in_the_memor
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     grown = json.loads(ran.stdout.splitlines()[-1])
 
-    limit = 2 * memory_of_blocks.BLOCK + memory_of_blocks.STATISTICS + memory_of_blocks.ACTIVATIONS + memory_of_blocks.CONSTANT
-    assert grown["whole"] > memory_of_blocks.BLOCKS * memory_of_blocks.BLOCK > 2 * limit
-    assert grown["calibrate"] < limit
-    # A task holds what it has made until it writes it (codes and scales, an eighth of the weights), and writing takes a copy.
-    assert grown["dense"] < limit + 2 * grown["made"]
-    assert grown["compressed"] < limit + 2 * grown["made"]
+    # Hidden states of which a quarter may be in memory, and operands of which few may be.
+    assert grown["whole"] > memory_of_blocks.BLOCKS * memory_of_blocks.BLOCK > 2 * memory_of_blocks.LIMIT
+    assert grown["calibrate"] < grown["unlimited"] - 0.6 * (memory_of_blocks.HIDDEN - memory_of_blocks.HELD)
+    assert {name: grown[name] for name in ("calibrate", "dense", "compressed") if grown[name] > memory_of_blocks.LIMIT} == {}

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pare.workers import checkpoint as module
 from pare.workers.blobs import LocalBlobs, StoreError
-from pare.workers.checkpoint import NO_CHECKPOINT, Checkpoint, block_piece, resume_blocks
+from pare.workers.checkpoint import NO_CHECKPOINT, Checkpoint, block_piece, resume_blocks, save_blocks
+from pare.workers.hidden_states import HiddenStates
 from pare.workers.run import classify
 
 PREFIX = "checkpoints/abc"
@@ -167,6 +168,19 @@ def test_a_piece_is_made_and_written_once_and_damage_to_it_is_seen(blobs: LocalB
     assert checkpoint.piece("b") is not None
 
 
+def test_pieces_go_with_the_last_state_that_builds_upon_them(blobs: LocalBlobs) -> None:
+    def save(checkpoint: Checkpoint, names: str) -> str:
+        checkpoint.save({"names": names}, {name: lambda: {"a": 1} for name in names})
+        return "".join(path.name[0] for path in files(blobs) if path.parent.name == "pieces")
+
+    checkpoint = Checkpoint(blobs, PREFIX)
+    assert [save(checkpoint, names) for names in ("a", "ab", "bc", "cd")] == ["a", "ab", "abc", "bcd"]
+    # A new attempt does not know what the state builds upon that it finds; with its second save that state is gone.
+    checkpoint = Checkpoint(blobs, PREFIX)
+    assert [save(checkpoint, names) for names in ("d", "de", "ef")] == ["bcd", "de", "def"]
+    assert checkpoint.latest() == {"names": "ef"}
+
+
 def test_a_state_is_written_after_the_pieces_that_it_builds_upon(blobs: LocalBlobs) -> None:
     def fails() -> dict[str, Any]:
         raise RuntimeError("no piece")
@@ -178,19 +192,40 @@ def test_a_state_is_written_after_the_pieces_that_it_builds_upon(blobs: LocalBlo
     assert checkpoint.latest() == {"blocks": 0}
 
 
-def test_blocks_are_handed_back_in_order_and_a_damaged_one_means_a_start_from_nothing(blobs: LocalBlobs) -> None:
-    pieces = {block_piece(i): (lambda i=i: {"block": i}) for i in range(3)}
-    Checkpoint(blobs, PREFIX).save({"blocks": 3, "more": "x"}, pieces)
+STATES = [torch.randn(2, 3), torch.randn(2, 3).bfloat16(), torch.randn(1, 3)]
+
+
+def test_blocks_are_handed_back_in_order_with_what_the_next_one_reads(blobs: LocalBlobs, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(blobs, PREFIX)
+    for blocks in range(4):
+        pieces = {block_piece(i): (lambda i=i: {"block": i}) for i in range(blocks)}
+        hidden = HiddenStates(tmp_path, limit=0).extend(x + blocks for x in STATES)
+        save_blocks(checkpoint, blocks, hidden, pieces, more="x")
+        hidden.clear()
+    kept = [path.name.partition("-")[0] for path in files(blobs)]
+    states = [f"hidden_{blocks:03d}_{i:04d}" for blocks in (2, 3) for i in range(3)]
+    assert kept == ["00000003", "00000004", "block_000", "block_001", "block_002", *states]
+
     seen: list[Any] = []
+    hidden = HiddenStates()
+    start, state = resume_blocks(Checkpoint(blobs, PREFIX), lambda index, piece: seen.append((index, piece)), hidden)
 
-    start, state = resume_blocks(Checkpoint(blobs, PREFIX), lambda index, piece: seen.append((index, piece)))
-
-    assert (start, state) == (3, {"blocks": 3, "more": "x"})
+    assert (start, state["more"]) == (3, "x")
     assert seen == [(i, {"block": i}) for i in range(3)]
-    tear(next(path for path in files(blobs) if path.name.startswith("block_001")))
-    assert resume_blocks(Checkpoint(blobs, PREFIX), lambda index, piece: None) == (0, {})
+    assert same([*hidden], [x + 3 for x in STATES])
+
+
+@pytest.mark.parametrize("piece", ["block_001", "hidden_003_0001"])
+def test_a_damaged_piece_means_a_start_from_nothing(blobs: LocalBlobs, piece: str) -> None:
+    pieces = {block_piece(i): (lambda i=i: {"block": i}) for i in range(3)}
+    save_blocks(Checkpoint(blobs, PREFIX), 3, HiddenStates().extend(STATES), pieces)
+    tear(next(path for path in files(blobs) if path.name.startswith(piece)))
+
+    hidden = HiddenStates()
+    assert resume_blocks(Checkpoint(blobs, PREFIX), lambda index, piece: None, hidden) == (0, {})
+    assert len(hidden) == 0
     assert files(blobs) == []
-    assert resume_blocks(NO_CHECKPOINT, lambda index, piece: None) == (0, {})
+    assert resume_blocks(NO_CHECKPOINT, lambda index, piece: None, hidden) == (0, {})
 
 
 def test_clear_leaves_nothing_behind(blobs: LocalBlobs) -> None:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pare.workers.files import digest_file
+from pare.workers.shards import ShardWriter
 
 SHARD_BYTES = 4 << 30
 """A weight file is closed before it would grow beyond this."""
@@ -45,35 +45,10 @@ def write_weights(
     tensors: Iterable[tuple[str, Tensor]], out: Path, shard_bytes: int = SHARD_BYTES, stem: str = "model"
 ) -> None:
     """Writes tensors, as they come, to model.safetensors, or to shards with an index as transformers reads them."""
-    shards: list[dict[str, Tensor]] = []
-    where: dict[str, int] = {}
-    total = filled = 0
-
-    def close(shard: dict[str, Tensor]) -> None:
-        file = out / f"{len(shards)}.part"
-        save_file({name: t.contiguous() for name, t in shard.items()}, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # safetensors writes 0600
-        shard.clear()
-
+    writer = ShardWriter(out, stem, shard_bytes)
     for name, tensor in tensors:
-        if not shards or filled + tensor.nbytes > shard_bytes:
-            if shards:
-                close(shards[-1])
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        where[name] = len(shards)
-        filled += tensor.nbytes
-        total += tensor.nbytes
-    close(shards[-1])
-    if len(shards) == 1:
-        (out / "1.part").rename(out / f"{stem}.safetensors")
-        return
-    names = {i: f"{stem}-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)}
-    for i, name in names.items():
-        (out / f"{i}.part").rename(out / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in sorted(where.items())}}
-    (out / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        writer.add(name, tensor)
+    writer.close()
 
 
 @dataclass(frozen=True)
