@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, nn
 
 from pare.methods.anatomy.describe import Fold
+from pare.methods.ops.gradients import GradientStatistic
 from pare.methods.ops.losses import next_token_loss_
 from pare.methods.ops.statistics import Statistic
 from pare.methods.parts.formula import Formula
@@ -79,7 +80,8 @@ class InputGroup:
     """Parameter name -> formula of a weight that an earlier stage has already compressed."""
 
     statistics: dict[str, Tensor] = field(default_factory=dict)
-    """Name of the statistic -> its value, for the statistics the method needs."""
+    """Name of the statistic -> its value, for the statistics the method needs; `<statistic>:<parameter name>` where it is one
+    over gradients."""
 
     original: dict[str, Tensor] = field(default_factory=dict)
     """Parameter name -> weight (out, in), float32, of the base model, before any stage. Only for a method that
@@ -96,6 +98,9 @@ class Method:
     name: ClassVar[str]
     source: ClassVar[str]
     needs: ClassVar[tuple[type[Statistic], ...]] = ()
+    """What it needs to know of inputs."""
+    needs_gradients: ClassVar[tuple[type[GradientStatistic], ...]] = ()
+    """What it needs to know of the gradients of the model as it stands before this stage."""
     draws_random_numbers: ClassVar[bool] = False
     extra: ClassVar[str | None] = None
     """Name of the optional dependency group that the method imports, if any."""
@@ -426,12 +431,12 @@ M = TypeVar("M", bound=Method)
 
 
 def method(
-    name: str, *, source: str, needs: Sequence[type[Statistic]] = (), extra: str | None = None
+    name: str, *, source: str, needs: Sequence[type[Statistic | GradientStatistic]] = (), extra: str | None = None
 ) -> Callable[[type[M]], type[M]]:
     """Registers a class as the method `name`.
 
     source: authors (year), title or id, equation: where the method comes from.
-    needs: the statistics that calibration has to collect for it.
+    needs: the statistics that have to be collected for it, over inputs or over gradients.
     extra: the optional dependency group to install for it, if any.
     """
 
@@ -439,7 +444,15 @@ def method(
         known = METHODS.get(name)
         if known is not None and known.__module__ != cls.__module__:
             raise ValueError(f"method {name!r} is defined twice: in {known.__module__} and in {cls.__module__}")
-        cls.name, cls.source, cls.needs, cls.extra = name, source, tuple(needs), extra
+        cls.needs = tuple(need for need in needs if issubclass(need, Statistic))
+        cls.needs_gradients = tuple(need for need in needs if issubclass(need, GradientStatistic))
+        if cls.needs_gradients and getattr(cls, "folds", False):
+            asked = ", ".join(need.name for need in cls.needs_gradients)
+            raise ValueError(
+                f"method {name!r} folds and asks for gradients ({asked}), which would be those of other weights "
+                "than it is given. Let it fold, or ask for gradients; two methods can be stages of one recipe"
+            )
+        cls.name, cls.source, cls.extra = name, source, extra
         METHODS[name] = cls
         return cls
 

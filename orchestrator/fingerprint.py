@@ -41,6 +41,7 @@ LIBRARIES = {
     "benchmark": ("lm-eval", "datasets"),
     "tokens": ("transformers", "tokenizers"),
     "calibrate": ("torch", "transformers"),
+    "gradients": ("torch", "transformers"),
     "compress": ("torch", "transformers"),
     "train": ("torch", "transformers", "peft", "bitsandbytes"),
     "merge": ("torch", "transformers", "peft"),
@@ -54,7 +55,9 @@ LIBRARIES = {
 }
 """Task type -> distributions whose version enters the fingerprint."""
 
-DEPENDS_ON_DEVICE = frozenset({"calibrate", "compress", "train", "merge", "allocate", "score", "evaluate", "speed"})
+DEPENDS_ON_DEVICE = frozenset(
+    {"calibrate", "gradients", "compress", "train", "merge", "allocate", "score", "evaluate", "speed"}
+)
 """Task types whose numbers differ between a CPU and a GPU."""
 
 

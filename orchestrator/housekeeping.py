@@ -34,6 +34,7 @@ SELF_CONTAINED = frozenset(
         "pairs",
         "benchmark",
         "calibrate",
+        "gradients",
         "levels",
         "allocate",
         "score",
@@ -43,7 +44,7 @@ SELF_CONTAINED = frozenset(
     }
 )
 """Task types whose artifacts are read without what they were made from. A compressed model is not: it stands on its base."""
-ASIDE = frozenset({"tokens", "statistics", "teacher", "levels", "allocation"})
+ASIDE = frozenset({"tokens", "statistics", "gradients", "teacher", "levels", "allocation"})
 """Roles of inputs that went into an artifact without being referred to by it."""
 
 

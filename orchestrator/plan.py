@@ -3,7 +3,7 @@
 Two tasks are equal when their fingerprints are, so merging needs no comparison: a trial adds its tasks by what they
 do, and finds them there if another trial has already asked for the same. A trial reads
 
-    import_model -> [tokens -> calibrate] -> compress | [tokens ->] train -> ... -> export -> evaluate, speed
+    import_model -> [tokens -> calibrate, gradients] -> compress | [tokens ->] train -> ... -> export -> evaluate, speed
                                                                        \\-> score (in memory) --^
 
 A stage of kind allocate is a search over levels, each of which is an ordinary compress task that plain trials share:
@@ -440,6 +440,8 @@ class Builder:
                     inputs["statistics"] = self.statistics(trial, artifact, cls.needs, tokens)
                 else:
                     inputs["tokens"] = tokens("calibration")
+            if cls.needs_gradients:
+                inputs["gradients"] = self.statistics(trial, artifact, cls.needs_gradients, tokens, "gradients")
             return self.add("compress", label, spec, inputs, (cls.__module__,))
         inputs["tokens"] = tokens("train")
         spec["dtype"] = trial.dtype
@@ -522,12 +524,12 @@ class Builder:
         spec: dict[str, Any] = {"method": stage.method, "settings": settings_of(stage.settings)}
         return {**spec, "seed": trial.seed} if cls.draws_random_numbers else spec
 
-    def statistics(self, trial: Trial, artifact: str, needs: Any, tokens: Callable[[str], str]) -> str:
-        """The task that collects statistics over the inputs of a model's linears."""
+    def statistics(self, trial: Trial, artifact: str, needs: Any, tokens: Callable[[str], str], kind: str = "calibrate") -> str:
+        """The task that collects statistics over the inputs of a model's linears, or (`gradients`) over their gradients."""
         statistics = [{"module": s.__module__, "class": s.__qualname__} for s in needs]
         return self.add(
-            "calibrate",
-            "calibrate " + ", ".join(s.name for s in needs),
+            kind,
+            f"{kind} " + ", ".join(s.name for s in needs),
             {"statistics": statistics, "dtype": trial.dtype},
             {"model": artifact, "tokens": tokens("calibration")},
             tuple(s.__module__ for s in needs),
@@ -580,7 +582,7 @@ def card(trial: Trial, licence: str) -> dict[str, Any]:
         if getattr(stage.settings, f.name) != default_of(f)
     ]
     drawn = trial.seed if any(stage.settings.draws_random_numbers for stage in trial.stages) else None
-    needed = any(stage.settings.needs for stage in stages.values())
+    needed = any(stage.settings.needs or stage.settings.needs_gradients for stage in stages.values())
     form = [f"export.format={trial.export.format}"] if trial.export.format != "auto" else []
     start = ["pare run", f"model={trial.model.source}", f"data={trial.data.source}", f"recipe={trial.recipe}"]
     return {

@@ -275,7 +275,7 @@ def methods(arguments: argparse.Namespace, home: Path) -> int:
             "name": name,
             "kind": cls.kind,
             "family": family(cls),
-            "needs": [s.name for s in cls.needs],
+            "needs": [*(s.name for s in cls.needs), *(s.name for s in cls.needs_gradients)],
             "summary": (sys.modules[cls.__module__].__doc__ or "").strip().split("\n")[0],
             "source": cls.source,
             "extra": cls.extra,

@@ -258,6 +258,16 @@ def calibrate(job: Job) -> Work:
     return job.block_by_block() + job.forward(sequences, length, rows=4 * length) + grams + held
 
 
+def gradients(job: Job) -> Work:
+    s, (sequences, length), kinds = job.shape, job.windows(), len(job.spec["statistics"])
+    there = job.forward(sequences, length, rows=length)
+    and_back = job.forward(sequences, length, head=1, rows=length).times(3)
+    summing = Work(moved=12.0 * kinds * sequences * s.linears, disk=4.0 * kinds * s.linears)
+    held = 2 * sequences * length * s.width * job.item + s.linears / max(s.blocks, 1) * (job.item + 4 * (kinds + 1))
+    held += length * max(8 * s.vocabulary, s.spans / max(s.blocks, 1) * 4)
+    return job.block_by_block().times(2) + there + and_back + summing + Work(memory=job.block_by_block().memory + held)
+
+
 def compress(job: Job) -> Work:
     s, settings = job.shape, job.settings
     work = Work(moved=s.linears * (SEARCH if settings.get("mse") else ROUNDING), disk=made_by(job).operands)
@@ -367,8 +377,8 @@ def assemble(job: Job) -> Work:
 WORK: dict[str, Callable[[Job], Work]] = {
     f.__name__: f
     for f in (
-        import_model, adopt, corpus, questions, pairs, benchmark, tokens, score, calibrate, compress, train, export, evaluate,
-        speed, merge, levels,
+        import_model, adopt, corpus, questions, pairs, benchmark, tokens, score, calibrate, gradients, compress, train, export,
+        evaluate, speed, merge, levels,
         allocate, assemble,
     )
 }  # fmt: skip

@@ -103,8 +103,8 @@ class BlockByBlock:
         return bool(self.model.config.tie_word_embeddings) and name == f"{self.anatomy.head}.weight"
 
 
-def open_blocks(artifact: ModelArtifact, dtype: torch.dtype) -> BlockByBlock:
-    """The model that an artifact stands for, its blocks read to the CPU one at a time.
+def open_blocks(artifact: ModelArtifact, dtype: torch.dtype, device: torch.device | None = None) -> BlockByBlock:
+    """The model that an artifact stands for, its blocks read to a device (None: the CPU) one at a time.
 
     Its anatomy is verified with made-up weights that take no memory: what is checked does not depend on them.
 
@@ -119,7 +119,7 @@ def open_blocks(artifact: ModelArtifact, dtype: torch.dtype) -> BlockByBlock:
             "stage that rounds inputs come last"
         )
     directory = artifact.dense.directory
-    model = BlockByBlock(directory, from_artifact(artifact), dtype, torch.device("cpu"))
+    model = BlockByBlock(directory, from_artifact(artifact), dtype, device or torch.device("cpu"))
     verify(hollow(load_skeleton(directory)), model.anatomy)
     return model
 

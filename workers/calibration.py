@@ -1,8 +1,9 @@
 """Calibration: the blocks of a model pass by one at a time, each with statistics over the inputs of its linears.
 
-Activations stay on the CPU and one block is on the device, and in memory at all where the model is one that reads its blocks
-from files (`blocks.BlockByBlock`), so memory does not grow with depth. The model's own forward pass prepares what blocks are
-called with (masks, position embeddings), so nothing of it is written again here.
+One block is on the device, and in memory at all where the model is one that reads its blocks from files
+(`blocks.BlockByBlock`), so memory does not grow with depth. What the blocks read waits on the CPU, and in files beyond a limit
+(`hidden_states.HiddenStates`). The model's own forward pass prepares what blocks are called with (masks, position embeddings),
+so nothing of it is written again here.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pare.methods.anatomy.calls import block_inputs
+from pare.methods.anatomy.calls import Call, block_inputs
 from pare.methods.anatomy.reads import one_expert_at_a_time, reading
 from pare.methods.anatomy.types import Anatomy, Block, Group
 from pare.methods.anatomy.views import weight_of
 from pare.methods.ops.statistics import Statistic
+from pare.workers.hidden_states import HiddenStates
+from pare.workers.weighing import Weighing
 
 BATCH_SIZE = 4
 """Sequences in one forward pass. Part of the result: sums of float32 depend on their order."""
@@ -77,8 +80,8 @@ def stream(
     inputs: str = "dense",
     batch_size: int = BATCH_SIZE,
     start: int = 0,
-    hidden: list[Tensor] | None = None,
-    reached: Callable[[int, list[Tensor]], None] = lambda index, hidden: None,
+    hidden: HiddenStates | None = None,
+    reached: Callable[[int, HiddenStates], None] = lambda index, hidden: None,
 ) -> Iterator[Passing]:
     """Yields every block in order, with statistics over `tokens` (sequences, length).
 
@@ -86,14 +89,22 @@ def stream(
     inputs: "dense": a block reads what the blocks before it put out when they passed, whatever the consumer makes of them;
         one forward pass per block. "compressed": a block's outputs are worked out when the consumer asks for the next one,
         with the weights that the consumer has left in `module`; two forward passes per block.
+    hidden: where the hidden states are to stay; None: in memory. If there are some in it, they are what block `start` reads.
     reached: called before every block but the first that passes, when the consumer has finished the blocks before it, with
         the block's index and what it reads. With these two as `start` and `hidden` the stream goes on from there.
     """
     opened: Opened = InMemory(model) if isinstance(model, nn.Module) else model
+    hidden = HiddenStates() if hidden is None else hidden
+    calls: dict[int, list[Call]] = {}
+    is_new = not len(hidden)
     with opened.outside():
-        first, calls = block_inputs(opened.model, anatomy, tokens.split(batch_size))
-    hidden = first if hidden is None else hidden
-    del first
+        for batch in tokens.split(batch_size):
+            if is_new or len(batch) not in calls:
+                (first,), called = block_inputs(opened.model, anatomy, [batch])
+                calls.setdefault(len(batch), called[len(batch)])
+                if is_new:
+                    hidden.append(first)
+                del first
     for index, block in enumerate(anatomy.blocks[start:], start):
         if index > start:
             reached(index, hidden)
@@ -106,7 +117,7 @@ def stream(
                         yield calls[len(x)][index].run(module, x.to(device), device).cpu()
 
             watch = Watch(opened.model, block.groups, needs, device)
-            with reading(opened.model, watch.readers, watch.note):
+            with reading(opened.model, watch.readers, watch.note), watch.weighing.watching(module):
                 for i, y in enumerate(outputs()):
                     if inputs == "dense":
                         hidden[i] = y
@@ -123,6 +134,7 @@ class Watch:
         self, model: nn.Module, groups: Sequence[Group], needs: Sequence[type[Statistic]], device: torch.device
     ) -> None:
         self.readers = {group.weights[0]: group for group in groups}
+        self.weighing = Weighing(needs, groups)
         self.statistics = {group.name: [need() for need in needs] for group in groups}
         self.features = {group.name: weight_of(model, group.weights[0]).shape[1] for group in groups}
         for name, statistics in self.statistics.items():
@@ -137,7 +149,7 @@ class Watch:
         name = self.readers[weight].name
         self.idle.discard(name)
         for statistic in self.statistics[name]:
-            statistic.add(x.flatten(0, -2))
+            self.weighing.add(statistic, x.flatten(0, -2))
 
     def values(self) -> dict[str, dict[str, Tensor]]:
         """Input group -> statistic -> its value; asked for once. An expert that no token has reached counts as one that has

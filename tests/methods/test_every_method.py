@@ -59,6 +59,13 @@ def group(name: str) -> InputGroup:
         for chunk in x.split(40):
             statistic.add(chunk)
         statistics[need.name] = statistic.finish()
+    for need_of_weight in METHODS[name].needs_gradients:
+        for n, shape in SHAPES.items():
+            of_gradients = need_of_weight()
+            of_gradients.start(shape, torch.device("cpu"))
+            for _ in range(2):
+                of_gradients.add(torch.randn(shape, generator=generator) * 1e-3)
+            statistics[f"{need_of_weight.name}:{n}"] = of_gradients.finish()
     original = {n: w + 0.004 * torch.randn(w.shape, generator=generator) for n, w in weights.items()}
     return InputGroup("x.ab", weights, statistics=statistics, original=original if reads_original(name) else {})
 
@@ -88,7 +95,7 @@ def test_it_says_where_it_comes_from_and_what_it_is(name: str) -> None:
     assert any(character.isdigit() for character in cls.source), "no year, number or equation in its source"
     assert cls.kind in ("layer", "train", "merge", "allocate", "import")
     assert family(cls)
-    assert all(need.name for need in cls.needs)
+    assert all(need.name for need in (*cls.needs, *cls.needs_gradients))
 
 
 @every

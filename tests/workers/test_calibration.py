@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from pare.methods.anatomy.describe import describe
 from pare.methods.ops.statistics import Gram, Statistic
 from pare.workers.calibration import stream
+from pare.workers.hidden_states import HiddenStates
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(96, (5, 24), generator=torch.Generator().manual_seed(1))
@@ -149,7 +151,7 @@ def test_the_stream_goes_on_from_where_it_was_reached(inputs: str) -> None:
     reached: list[tuple[int, list[Tensor]]] = []
     events: list[str] = []
 
-    def note(index: int, hidden: list[Tensor]) -> None:
+    def note(index: int, hidden: HiddenStates) -> None:
         reached.append((index, [x.clone() for x in hidden]))
         events.append(f"reached {index}")
 
@@ -164,8 +166,26 @@ def test_the_stream_goes_on_from_where_it_was_reached(inputs: str) -> None:
     for start, hidden in reached:
         fresh = llama()  # none of its blocks halved: those before `start` are not read again
         got = {}
-        for passing in stream(fresh, describe(fresh), TOKENS, [Everything], CPU, inputs, 2, start=start, hidden=hidden):
+        states = HiddenStates().extend(hidden)
+        for passing in stream(fresh, describe(fresh), TOKENS, [Everything], CPU, inputs, 2, start=start, hidden=states):
             got |= {group: values["everything"] for group, values in passing.statistics.items()}
             halve(passing.module)
         assert list(got) == list(whole)[4 * start :]
         assert all(torch.equal(values, whole[group]) for group, values in got.items())
+
+
+@pytest.mark.parametrize("inputs", ["dense", "compressed"])
+@pytest.mark.parametrize("limit", [0, 2 * 24 * 32 * 4])
+def test_hidden_states_in_files_make_the_same_statistics_to_the_bit(limit: int, inputs: str, tmp_path: Path) -> None:
+    expected = halved(llama(), inputs)
+    got, seen = {}, set()
+    model = llama()
+    with HiddenStates(tmp_path, limit) as hidden:
+        for passing in stream(model, describe(model), TOKENS, [Everything], CPU, inputs, batch_size=2, hidden=hidden):
+            got |= {group: values["everything"] for group, values in passing.statistics.items()}
+            seen.add((hidden.held, sum(path.is_file() for path in tmp_path.rglob("*"))))
+            halve(passing.module)
+    # Batches of 2, 2 and 1 sequences.
+    assert seen == {(limit, 2 if limit else 3)}
+    assert list(got) == list(expected)
+    assert all(torch.equal(values, expected[group]) for group, values in got.items())

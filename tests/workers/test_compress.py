@@ -20,6 +20,7 @@ from pare.methods.parts.formula import Dense, Formula
 from pare.methods.quantize.gptq import Gptq
 from pare.methods.quantize.rtn import Rtn
 from pare.methods.settings import SettingsError
+from pare.workers import hidden_states, models
 from pare.workers.calibration import stream
 from pare.workers.checkpoint import Checkpoint
 from pare.workers.models import ModelArtifact, load_in_memory
@@ -295,9 +296,18 @@ CASES: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
 }
 
 
+@pytest.fixture(params=[False, True], ids=["in-memory", "in-files"])
+def narrow(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether there is next to no memory, for hidden states and for what goes into a shard."""
+    if request.param:
+        monkeypatch.setattr(hidden_states, "free_memory", lambda: 0)
+        monkeypatch.setattr(models, "SHARD_BYTES", 2000)
+    return bool(request.param)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_task_that_was_killed_between_blocks_goes_on_to_the_same_bytes(
-    workshop: Any, four_blocks: Path, attempt_checkpoint: Callable[[], Checkpoint], case: str
+    workshop: Any, four_blocks: Path, attempt_checkpoint: Callable[[], Checkpoint], case: str, narrow: bool
 ) -> None:
     task, specification, roles = CASES[case]
     workshop.base = four_blocks
@@ -307,6 +317,7 @@ def test_a_task_that_was_killed_between_blocks_goes_on_to_the_same_bytes(
     if "gram" in roles:
         inputs["statistics"], _ = workshop.run(calibrate, "gram", GRAM, model=four_blocks, tokens=workshop.tokens())
     whole, expected = workshop.run(task, "whole", specification, **inputs)
+    assert len([*whole.glob("weights-*")]) > 4 or not narrow or task is calibrate
 
     # Killed while nothing is kept, with one block kept, with two.
     for number, block in enumerate((1, 2, 3)):
@@ -338,7 +349,9 @@ def test_finished_blocks_are_kept_once_and_a_damaged_one_costs_a_start_from_noth
         task.run(ctx)
 
     kept = sorted((tmp_path / "kept").rglob("*.pt"))
-    assert [path.name.partition("-")[0] for path in kept] == ["00000002", "00000003", "block_000", "block_001", "block_002"]
+    states = [f"hidden_{blocks:03d}_{i:04d}" for blocks in (2, 3) for i in range(2)]
+    names = ["00000002", "00000003", "block_000", "block_001", "block_002", *states]
+    assert [path.name.partition("-")[0] for path in kept] == names
     damaged = bytearray(kept[3].read_bytes())
     damaged[-100] ^= 4
     kept[3].write_bytes(damaged)
@@ -350,3 +363,35 @@ def test_finished_blocks_are_kept_once_and_a_damaged_one_costs_a_start_from_noth
     assert seen == [1, 2, 3, 4]
     assert result == expected
     assert contents(ctx.out) == contents(whole)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_with_next_to_no_memory_a_task_makes_the_same_to_the_bit(
+    workshop: Any, gram: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    task, specification, roles = CASES[case]
+    inputs = {"model": workshop.base} | ({"tokens": workshop.tokens()} if "tokens" in roles else {})
+    inputs |= {"statistics": gram} if "gram" in roles else {}
+    plain, expected = workshop.run(task, "plain", specification, **inputs)
+    monkeypatch.setattr(hidden_states, "free_memory", lambda: 0)
+    monkeypatch.setattr(models, "SHARD_BYTES", 2000)
+    seen: list[int] = []
+    ctx = workshop.context("narrow", specification, **inputs)
+    ctx.progress = lambda done, total, unit: seen.append(len([*ctx.out.rglob("hidden-states-*/*")]))
+    assert task.run(ctx) == expected
+    assert seen == ([1, 1] if "tokens" in roles else [0, 0])
+    if task is calibrate:
+        assert contents(ctx.out) == contents(plain)
+        return
+    shards = {path.name: load_file(path) for path in ctx.out.glob("weights-*.safetensors")}
+    assert len(shards) > 4
+    sizes = [sum(t.nbytes for t in shard.values()) for shard in shards.values() if len(shard) > 1]
+    assert all(size <= 2000 for size in sizes), "closed before it grows too large"
+    assert {path.name for path in ctx.out.iterdir()} == {*shards, "tensors.json", "weights.safetensors.index.json"}
+    assert (ctx.out / "tensors.json").read_text() == (plain / "tensors.json").read_text()
+    together = {name: t for shard in shards.values() for name, t in shard.items()}
+    whole = load_file(plain / "weights.safetensors")
+    assert together.keys() == whole.keys()
+    assert all(torch.equal(t, whole[name]) for name, t in together.items())
+    one, other = (load_in_memory(workshop.open(directory), torch.float32) for directory in (ctx.out, plain))
+    assert all(torch.equal(p, other.get_parameter(name)) for name, p in one.named_parameters())

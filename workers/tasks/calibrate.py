@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from pare.workers.blocks import open_blocks
 from pare.workers.calibration import stream
-from pare.workers.checkpoint import block_piece, resume_blocks
+from pare.workers.checkpoint import block_piece, resume_blocks, save_blocks
+from pare.workers.hidden_states import HiddenStates
 from pare.workers.models import ModelArtifact
 from pare.workers.task import TaskContext, TaskError
 
@@ -31,23 +31,22 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     def file(index: int) -> Path:
         return ctx.out / f"block_{index:03d}.safetensors"
 
-    def reached(index: int, hidden: list[Tensor]) -> None:
+    def reached(index: int, hidden: HiddenStates) -> None:
         if ctx.checkpoint.due():
-            finished = {block_piece(i): partial(load_file, file(i)) for i in range(index)}
-            ctx.checkpoint.save({"blocks": index, "hidden": hidden}, finished)
+            save_blocks(ctx.checkpoint, index, hidden, {block_piece(i): partial(load_file, file(i)) for i in range(index)})
 
-    start, state = resume_blocks(ctx.checkpoint, lambda index, statistics: save_file(statistics, file(index)))
-    hidden = state.pop("hidden", None)
-    passing_by = stream(model, model.anatomy, tokens, needs, ctx.device, start=start, hidden=hidden, reached=reached)
-    for index, passing in enumerate(passing_by, start):
-        values = {f"{group}:{name}": v.cpu() for group, of_group in passing.statistics.items() for name, v in of_group.items()}
-        for name, value in values.items():
-            if not value.isfinite().all():
+    with HiddenStates(ctx.out) as hidden:
+        start, _ = resume_blocks(ctx.checkpoint, lambda index, statistics: save_file(statistics, file(index)), hidden)
+        passing_by = stream(model, model.anatomy, tokens, needs, ctx.device, start=start, hidden=hidden, reached=reached)
+        for index, passing in enumerate(passing_by, start):
+            values = {f"{group}:{name}": v.cpu() for group, of in passing.statistics.items() for name, v in of.items()}
+            overflowing = next((name for name, value in values.items() if not value.isfinite().all()), None)
+            if overflowing:
                 raise TaskError(
-                    f"{name} is not finite: in {ctx.spec['dtype']} the model's activations overflow. Try dtype=float32"
+                    f"{overflowing} is not finite: in {ctx.spec['dtype']} the model's activations overflow. Try dtype=float32"
                 )
-        save_file(values, file(index))
-        passing.statistics.clear()
-        values.clear()
-        ctx.progress(index + 1, len(model.anatomy.blocks), "blocks")
+            save_file(values, file(index))
+            passing.statistics.clear()
+            values.clear()
+            ctx.progress(index + 1, len(model.anatomy.blocks), "blocks")
     return {"blocks": len(model.anatomy.blocks), "tokens": tokens.numel()}

@@ -2,7 +2,8 @@
 before linears and takes up factors on their input features.
 
 inputs: `model` (a model artifact of either form), and for a method that needs statistics either `statistics` (from a
-`calibrate` task) or, where each block is to see its compressed predecessors, `tokens`.
+`calibrate` task) or, where each block is to see its compressed predecessors, `tokens`; for one that needs statistics over
+gradients, `gradients` (from a `gradients` task).
 spec: `method`, `settings`, `seed` (where the method draws random numbers), `dtype` (of the forward pass over `tokens`).
 Result: `size/linear_bits_per_weight` (codes and scales, without padding), `size/linear_bytes` (with it), `notes` (what
 the method reported).
@@ -14,12 +15,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from pare.methods.anatomy.describe import Block, Group, describe
 from pare.methods.anatomy.views import weight_of
@@ -27,8 +29,9 @@ from pare.methods.contract import Context, InputGroup, LayerMethod, load_all
 from pare.methods.parts.formula import Dense, Formula
 from pare.workers.blocks import open_blocks
 from pare.workers.calibration import stream
-from pare.workers.checkpoint import block_piece, resume_blocks
-from pare.workers.models import FOLD_IN, FOLD_OUT, ModelArtifact, folded, load_skeleton, write_formulas
+from pare.workers.checkpoint import block_piece, resume_blocks, save_blocks
+from pare.workers.hidden_states import HiddenStates
+from pare.workers.models import FOLD_IN, FOLD_OUT, FormulaWriter, ModelArtifact, as_written, folded, load_skeleton
 from pare.workers.task import TaskContext, TaskError
 
 Statistics = dict[str, dict[str, Tensor]]
@@ -45,17 +48,45 @@ class Finished:
     factors: dict[str, Tensor]
     """What was folded into its weights; see `write_formulas`."""
 
-    def to(self, device: torch.device | str) -> Finished:
-        return Finished(
-            {name: formula.to(device) for name, formula in self.formulas.items()},
-            {name: factor.to(device) for name, factor in self.factors.items()},
-        )
+
+class Made:
+    """The finished blocks, on the disk but for the operands of the next shard."""
+
+    def __init__(self, directory: Path) -> None:
+        self.writer = FormulaWriter(directory)
+        self.blocks: list[dict[str, Any]] = []
+        """As `piece`, with the names of the operands alone."""
+
+    def append(self, artifact: ModelArtifact, block: Block, finished: Finished) -> None:
+        whole = [in_place(artifact, name, finished.formulas[name]) for group in block.groups for name in group.weights]
+        size = {
+            "weights": sum(formula.shape[0] * formula.shape[1] for formula in whole),
+            "bits": sum(formula.logical_bits for formula in whole),
+            "bytes": sum(formula.nbytes for formula in whole),
+        }
+        table, operands = as_written(finished.formulas, finished.factors)
+        self.restore({"table": table, "operands": operands, "size": size})
+
+    def restore(self, piece: dict[str, Any]) -> None:
+        """The next block, from its piece."""
+        self.writer.add(piece["table"], piece["operands"])
+        self.blocks.append(piece | {"operands": list(piece["operands"])})
+
+    def piece(self, index: int) -> dict[str, Any]:
+        """A finished block as a checkpoint keeps it."""
+        block = self.blocks[index]
+        return block | {"operands": {key: self.writer.operands.read(key) for key in block["operands"]}}
+
+    def discard(self) -> None:
+        self.writer.discard()
+        self.blocks = []
+
+    def size(self, of: str) -> int:
+        """Of all linears the `weights`, `bits` without padding, or `bytes` with it."""
+        return sum(block["size"][of] for block in self.blocks)
 
 
-Made = list[Finished]
-"""The finished blocks, on the CPU."""
-
-Reached = Callable[[int, list[Tensor]], None]
+Reached = Callable[[int, HiddenStates], None]
 """Called before a block with its index and what it reads: the place to save."""
 
 
@@ -64,56 +95,51 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     if not isinstance(method, LayerMethod):
         raise TaskError(f"compress takes a method of kind layer; {method.name} is of kind {method.kind}")
     artifact = ModelArtifact(ctx.inputs["model"], ctx.resolve)
-    made: Made = []
-    start, state = resume_blocks(ctx.checkpoint, lambda index, piece: made.append(from_piece(piece)))
-    del made[start:]
-    notes: dict[str, float] = state.get("notes", {})
+    with HiddenStates(ctx.out) as hidden:
+        made = Made(ctx.out)
+        start, state = resume_blocks(ctx.checkpoint, lambda index, piece: made.restore(piece), hidden)
+        if not start:
+            made.discard()
+        notes: dict[str, float] = state.get("notes", {})
 
-    def reached(index: int, hidden: list[Tensor]) -> None:
-        if ctx.checkpoint.due():
-            pieces = {block_piece(i): partial(to_piece, finished) for i, finished in enumerate(made)}
-            ctx.checkpoint.save({"blocks": index, "hidden": hidden, "notes": notes}, pieces)
+        def reached(index: int, hidden: HiddenStates) -> None:
+            if ctx.checkpoint.due():
+                pieces = {block_piece(i): partial(made.piece, i) for i in range(index)}
+                save_blocks(ctx.checkpoint, index, hidden, pieces, notes=notes)
 
-    def report(name: str, value: float) -> None:
-        notes[name] = notes.get(name, 0.0) + value
+        def report(name: str, value: float) -> None:
+            notes[name] = notes.get(name, 0.0) + value
 
-    context = Context(ctx.device, ctx.spec.get("seed", 0), report)
-    if method.needs and "tokens" in ctx.inputs:
-        linears = compress_streaming(ctx, artifact, method, context, made, state.pop("hidden", None), reached)
-    else:
-        linears = compress_blocks(ctx, artifact, method, context, made, reached)
-    formulas = {name: formula for finished in made for name, formula in finished.formulas.items()}
-    factors = {name: factor for finished in made for name, factor in finished.factors.items()}
-    write_formulas(ctx.out, ctx.fingerprint_of["model"], formulas, factors)
-    weights = sum(formulas[name].shape[0] * formulas[name].shape[1] for name in linears)
-    whole = [in_place(artifact, name, formulas[name]) for name in linears]
+        context = Context(ctx.device, ctx.spec.get("seed", 0), report)
+        if method.needs and "tokens" in ctx.inputs:
+            compress_streaming(ctx, artifact, method, context, made, hidden, reached)
+        else:
+            compress_blocks(ctx, artifact, method, context, made, reached)
+    made.writer.close(ctx.fingerprint_of["model"])
     return {
-        "size/linear_bits_per_weight": sum(formula.logical_bits for formula in whole) / weights,
-        "size/linear_bytes": sum(formula.nbytes for formula in whole),
+        "size/linear_bits_per_weight": made.size("bits") / made.size("weights"),
+        "size/linear_bytes": made.size("bytes"),
         "notes": notes,
     }
 
 
 def compress_blocks(
     ctx: TaskContext, artifact: ModelArtifact, method: LayerMethod, context: Context, made: Made, reached: Reached
-) -> list[str]:
-    """Every block not yet `made` by itself, with the statistics of the `statistics` input, if the method needs any.
-
-    Returns the names of all linears.
-    """
+) -> None:
+    """Every block not yet `made` by itself, with the statistics of the `statistics` input, if the method needs any."""
     anatomy = describe(load_skeleton(artifact.dense.directory))
     method.check_shapes(anatomy.widths)
-    for index, block in enumerate(anatomy.blocks[len(made) :], len(made)):
-        reached(index, [])
+    for index, block in enumerate(anatomy.blocks[len(made.blocks) :], len(made.blocks)):
+        reached(index, HiddenStates())
         statistics: Statistics = {group.name: {} for group in block.groups}
         if method.needs:
             with safe_open(ctx.inputs["statistics"] / f"block_{index:03d}.safetensors", framework="pt") as file:
                 for group in block.groups:
                     wanted = [need.name for need in method.needs]
                     statistics[group.name] = {name: file.get_tensor(f"{group.name}:{name}").to(ctx.device) for name in wanted}
-        made.append(compress_block(artifact, block, statistics, method, context).to("cpu"))
+        add_gradients(ctx, index, block, method, statistics)
+        made.append(artifact, block, compress_block(artifact, block, statistics, method, context))
         ctx.progress(index + 1, len(anatomy.blocks), "blocks")
-    return list(anatomy.widths)
 
 
 def compress_streaming(
@@ -122,30 +148,37 @@ def compress_streaming(
     method: LayerMethod,
     context: Context,
     made: Made,
-    hidden: list[Tensor] | None,
+    hidden: HiddenStates,
     reached: Reached,
-) -> list[str]:
+) -> None:
     """The blocks not yet `made`, one after another, each calibrated on what its compressed predecessors put out.
 
-    hidden: what the first of these blocks reads, if blocks have been made. Returns the names of all linears.
+    hidden: what the first of these blocks reads, if blocks have been made.
     """
     model = open_blocks(artifact, getattr(torch, ctx.spec["dtype"]))
     tokens = load_file(ctx.inputs["tokens"] / "tokens.safetensors")["input_ids"]
     anatomy = model.anatomy
     method.check_shapes(anatomy.widths)
     passing_by = stream(
-        model, anatomy, tokens, method.needs, ctx.device, "compressed", start=len(made), hidden=hidden, reached=reached
+        model, anatomy, tokens, method.needs, ctx.device, "compressed", start=len(made.blocks), hidden=hidden, reached=reached
     )
     for passing in passing_by:
+        add_gradients(ctx, len(made.blocks), passing.block, method, passing.statistics)
         finished = compress_block(artifact, passing.block, passing.statistics, method, context)
-        with torch.no_grad():
-            for name, formula in finished.formulas.items():
-                weight = weight_of(model.model, name)
-                weight.copy_(in_place(artifact, name, formula).materialise().view_as(weight))
-        made.append(finished.to("cpu"))
+        write_into(model.model, artifact, finished.formulas)
+        made.append(artifact, passing.block, finished)
         del finished
-        ctx.progress(len(made), len(anatomy.blocks), "blocks")
-    return list(anatomy.widths)
+        ctx.progress(len(made.blocks), len(anatomy.blocks), "blocks")
+
+
+def add_gradients(ctx: TaskContext, index: int, block: Block, method: LayerMethod, statistics: Statistics) -> None:
+    """Puts statistics over the gradients of each weight beside those over the inputs of its group."""
+    if not method.needs_gradients:
+        return
+    with safe_open(ctx.inputs["gradients"] / f"block_{index:03d}.safetensors", framework="pt") as file:
+        for group in block.groups:
+            keys = [f"{need.name}:{weight}" for need in method.needs_gradients for weight in group.weights]
+            statistics[group.name] |= {key: file.get_tensor(key).to(ctx.device) for key in keys}
 
 
 def compress_block(
@@ -222,17 +255,14 @@ def fold_block(artifact: ModelArtifact, groups: list[InputGroup], method: LayerM
     return Finished(formulas, factors)
 
 
+@torch.no_grad()
+def write_into(model: nn.Module, artifact: ModelArtifact, formulas: dict[str, Formula]) -> None:
+    """Gives the weights the values that their formulas stand for."""
+    for name, formula in formulas.items():
+        weight = weight_of(model, name)
+        weight.copy_(in_place(artifact, name, formula).materialise().view_as(weight))
+
+
 def in_place(artifact: ModelArtifact, name: str, formula: Formula) -> Formula:
     """The whole of a weight: what is added to one is counted, and worked out, with it."""
-    return formula if formula.op == "replace" else Formula([*artifact.effective(name).parts, *formula.parts])
-
-
-def to_piece(finished: Finished) -> dict[str, Any]:
-    """A finished block as a checkpoint keeps it."""
-    formulas = {name: {"spec": formula.spec(), "tensors": formula.tensors()} for name, formula in finished.formulas.items()}
-    return {"formulas": formulas, "factors": finished.factors}
-
-
-def from_piece(piece: dict[str, Any]) -> Finished:
-    formulas = {name: Formula.from_tensors(entry["spec"], entry["tensors"]) for name, entry in piece["formulas"].items()}
-    return Finished(formulas, piece["factors"])
+    return formula if formula.op == "replace" else artifact.effective(name).plus(formula.to("cpu"))
