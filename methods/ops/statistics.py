@@ -70,70 +70,68 @@ class Gram(Statistic):
         return value / s / s[:, None]
 
 
-class MeanSquare(Statistic):
-    """a_j = mean over the tokens of x_j^2, float32 (in,): what stands on the diagonal of `Gram`, halved."""
-
-    name = "mean_square"
+class OfFeatures(Statistic):
+    """A number for each feature, float32 (in,), over all tokens."""
 
     def start(self, n_features: int, device: torch.device) -> None:
         self.total = torch.zeros(n_features, device=device)
         self.tokens = 0
 
     def add(self, x: Tensor) -> None:
-        self.total += x.to(self.total.device, torch.float32).square().sum(0)
+        if len(x):
+            self.take(x.to(self.total.device, torch.float32))
         self.tokens += len(x)
+
+    def take(self, x: Tensor) -> None:
+        """x (tokens, in) float32, at least one: into `total`."""
+        raise NotImplementedError
 
     def finish(self) -> Tensor:
         if not self.tokens:
-            raise ValueError("a mean of no tokens: the linears of this group were never called")
+            raise ValueError(f"{self.name} of no tokens: the linears of this group were never called")
+        return self.result()
+
+    def result(self) -> Tensor:
+        """Of `total`: the mean, unless it says otherwise."""
         return self.total / self.tokens
+
+
+class MeanSquare(OfFeatures):
+    """a_j = mean over the tokens of x_j^2: what stands on the diagonal of `Gram`, halved."""
+
+    name = "mean_square"
+
+    def take(self, x: Tensor) -> None:
+        self.total += x.square().sum(0)
 
     @classmethod
     def of_divided(cls, value: Tensor, s: Tensor) -> Tensor:
         return value / s.square()
 
 
-class LargestMagnitude(Statistic):
-    """a_j = max over the tokens of |x_j|, float32 (in,): what a static grid for the inputs has to span."""
+class MeanMagnitude(OfFeatures):
+    """a_j = mean over the tokens of |x_j|."""
 
-    name = "largest_magnitude"
+    name = "mean_magnitude"
 
-    def start(self, n_features: int, device: torch.device) -> None:
-        self.largest = torch.zeros(n_features, device=device)
-        self.tokens = 0
-
-    def add(self, x: Tensor) -> None:
-        if len(x):
-            self.largest = torch.maximum(self.largest, x.to(self.largest.device, torch.float32).abs().amax(0))
-        self.tokens += len(x)
-
-    def finish(self) -> Tensor:
-        if not self.tokens:
-            raise ValueError("the largest of no tokens: the linears of this group were never called")
-        return self.largest
+    def take(self, x: Tensor) -> None:
+        self.total += x.abs().sum(0)
 
     @classmethod
     def of_divided(cls, value: Tensor, s: Tensor) -> Tensor:
         return value / s
 
 
-class MeanMagnitude(Statistic):
-    """a_j = mean over the tokens of |x_j|, float32 (in,)."""
+class LargestMagnitude(OfFeatures):
+    """a_j = max over the tokens of |x_j|: what a static grid for the inputs has to span."""
 
-    name = "mean_magnitude"
+    name = "largest_magnitude"
 
-    def start(self, n_features: int, device: torch.device) -> None:
-        self.total = torch.zeros(n_features, device=device)
-        self.tokens = 0
+    def take(self, x: Tensor) -> None:
+        self.total = torch.maximum(self.total, x.abs().amax(0))
 
-    def add(self, x: Tensor) -> None:
-        self.total += x.to(self.total.device, torch.float32).abs().sum(0)
-        self.tokens += len(x)
-
-    def finish(self) -> Tensor:
-        if not self.tokens:
-            raise ValueError("a mean of no tokens: the linears of this group were never called")
-        return self.total / self.tokens
+    def result(self) -> Tensor:
+        return self.total
 
     @classmethod
     def of_divided(cls, value: Tensor, s: Tensor) -> Tensor:
