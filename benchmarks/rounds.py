@@ -9,10 +9,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from benchmarks.provenance import ROOT, provenance
 from benchmarks.readings import Figure, Reading, as_json, control, figures, flush_ms, usual
@@ -43,8 +42,6 @@ class Benchmark:
     peer_packages: Sequence[str]
     once: Sequence[Leg] = ()
     control: Callable[[], float] = control
-    extra: Mapping[str, Any] = field(default_factory=dict)
-    """What else is written down."""
 
 
 def parser(text: str | None, rounds: int) -> argparse.ArgumentParser:
@@ -75,7 +72,6 @@ def run(benchmark: Benchmark, given: argparse.Namespace) -> int:
         "schema_version": 1,
         **provenance(f"benchmarks.{benchmark.name}", *benchmark.packages),
         "peers": versions(given.peers, benchmark.peer_packages),
-        **benchmark.extra,
         "wall_s": round(time.monotonic() - started, 1),
         "control_s": usual(readings),
         "dropped": sum(not row["kept"] for row in as_json(readings)),

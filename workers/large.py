@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from pare.methods.parts.formula import Formula
 from pare.workers.blocks import BlockByBlock, Read
 from pare.workers.evaluation import LOGIT_BYTES, head_of
 from pare.workers.export.pare_form import STEM, TABLE
+from pare.workers.memory import free_on
 from pare.workers.models import dense_index, within_name
 from pare.workers.sources import directory_shapes
 from pare.workers.task import TaskError
@@ -133,8 +133,7 @@ def way(needed: int, limit: int | None, device: torch.device, can_shard: bool = 
     """`whole`, `sharded` or `streamed`. needed: bytes of the model in memory; limit: what it may take of one device, None:
     what is free there; can_shard: whether transformers opens it by itself."""
     if limit is None:
-        free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
-        limit = int(HEADROOM * free)
+        limit = int(HEADROOM * free_on(device))
     needed += 3 * LOGIT_BYTES if limit > 16 * LOGIT_BYTES else 0
     if needed <= limit:
         return "whole"

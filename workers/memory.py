@@ -1,11 +1,15 @@
-"""How much memory this process may still take."""
+"""How much memory this process may still take, on the host and on a device."""
 
 from __future__ import annotations
 
 import resource
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
+
+if TYPE_CHECKING:
+    import torch
 
 
 def free_memory(limit_gb: float | None = None) -> int:
@@ -24,3 +28,10 @@ def free_memory(limit_gb: float | None = None) -> int:
     if limit_gb is not None:
         bounds.append(int(limit_gb * 1e9))
     return max(0, min(bounds))
+
+
+def free_on(device: torch.device) -> int:
+    """Bytes that can be allocated now on a device, or on the host for the CPU."""
+    import torch
+
+    return free_memory() if device.type == "cpu" else int(torch.cuda.mem_get_info(device)[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -129,14 +130,8 @@ def llama(model: Any) -> Anatomy:
     writer = Writer(model, "rms")
 
     def block(name: str) -> Block:
-        self_attn, mlp = f"{name}.self_attn", f"{name}.mlp"
-        attention, kv = writer.attention(
-            self_attn,
-            writer.behind(f"{name}.input_layernorm"),
-            apart(self_attn),
-            f"{self_attn}.o_proj",
-            model.get_submodule(self_attn).head_dim,
-        )
+        mlp = f"{name}.mlp"
+        attention, kv = separate(writer, name, "input_layernorm", "o_proj")
         fold = writer.behind(f"{name}.post_attention_layernorm")
         if not hasattr(model.get_submodule(mlp), "experts"):
             groups, ffn = gated(writer, mlp, fold)
@@ -151,14 +146,22 @@ def llama(model: Any) -> Anatomy:
         routed, of_experts = writer.experts(f"{mlp}.experts")
         return Block(name, (*attention, *groups, *routed), left_out, (kv, *ties, *of_experts), "rms")
 
-    return writer.anatomy(
-        [block(name) for name in layers(model, "model.layers")], "model.embed_tokens", "model.norm", "lm_head"
+    return plain(writer, block)
+
+
+def separate(writer: Writer, block: str, norm: str, o: str) -> tuple[list[Group], Tie]:
+    """self_attn of a block, behind its norm, with q_proj, k_proj and v_proj each a linear of its own."""
+    name = f"{block}.self_attn"
+    fold, head = writer.behind(f"{block}.{norm}"), writer.model.get_submodule(name).head_dim
+    return writer.attention(
+        name, fold, ((f"{name}.q_proj", 0), (f"{name}.k_proj", 0), (f"{name}.v_proj", 0)), f"{name}.{o}", head
     )
 
 
-def apart(name: str) -> tuple[Part, Part, Part]:
-    """q_proj, k_proj and v_proj."""
-    return (f"{name}.q_proj", 0), (f"{name}.k_proj", 0), (f"{name}.v_proj", 0)
+def plain(writer: Writer, block: Callable[[str], Block]) -> Anatomy:
+    """The anatomy of a model that calls its parts what Llama does."""
+    blocks = [block(name) for name in layers(writer.model, "model.layers")]
+    return writer.anatomy(blocks, "model.embed_tokens", "model.norm", "lm_head")
 
 
 def gated(writer: Writer, name: str, fold: Fold | None) -> tuple[list[Group], Tie]:
@@ -172,22 +175,13 @@ def gemma(model: Any) -> Anatomy:
     writer = Writer(model, "rms_plus_one")
 
     def block(name: str) -> Block:
-        self_attn = f"{name}.self_attn"
-        attention, kv = writer.attention(
-            self_attn,
-            writer.behind(f"{name}.input_layernorm"),
-            apart(self_attn),
-            f"{self_attn}.o_proj",
-            model.get_submodule(self_attn).head_dim,
-        )
+        attention, kv = separate(writer, name, "input_layernorm", "o_proj")
         writer.behind(f"{name}.post_attention_layernorm")
         groups, ffn = gated(writer, f"{name}.mlp", writer.behind(f"{name}.pre_feedforward_layernorm"))
         writer.behind(f"{name}.post_feedforward_layernorm")
         return Block(name, (*attention, *groups), ties=(kv, ffn), norm="rms_plus_one")
 
-    return writer.anatomy(
-        [block(name) for name in layers(model, "model.layers")], "model.embed_tokens", "model.norm", "lm_head"
-    )
+    return plain(writer, block)
 
 
 @family("Phi3ForCausalLM")
@@ -212,9 +206,7 @@ def phi3(model: Any) -> Anatomy:
         groups, ffn = writer.mlp(mlp, writer.behind(f"{name}.post_attention_layernorm"), (both, 0), up, down, linear=True)
         return Block(name, (*attention, *groups), ties=(kv, ffn), norm="rms")
 
-    return writer.anatomy(
-        [block(name) for name in layers(model, "model.layers")], "model.embed_tokens", "model.norm", "lm_head"
-    )
+    return plain(writer, block)
 
 
 @family("GPT2LMHeadModel")
@@ -258,14 +250,7 @@ def opt(model: Any) -> Anatomy:
     writer = Writer(model, "layer")
 
     def block(name: str) -> Block:
-        self_attn = f"{name}.self_attn"
-        attention, kv = writer.attention(
-            self_attn,
-            writer.behind(f"{name}.self_attn_layer_norm"),
-            apart(self_attn),
-            f"{self_attn}.out_proj",
-            model.get_submodule(self_attn).head_dim,
-        )
+        attention, kv = separate(writer, name, "self_attn_layer_norm", "out_proj")
         fold, linear = writer.behind(f"{name}.final_layer_norm"), is_linear(model.get_submodule(name).activation_fn)
         groups, ffn = writer.mlp(name, fold, None, (f"{name}.fc1", 0), f"{name}.fc2", linear)
         return Block(name, (*attention, *groups), ties=(kv, ffn), norm="layer")

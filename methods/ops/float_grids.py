@@ -19,8 +19,8 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from pare.methods.ops.grids import as_stored, in_groups
 from pare.methods.ops.normal_float import nf4
 from pare.methods.parts.codebooks import Minifloat, PowerOfTwo
 from pare.methods.parts.codes import Codes, Rows
@@ -120,7 +120,7 @@ class FloatGrid:
         if book is None:
             return nf4(weight, self.group, self.double_quant)
         g = weight.shape[1] if self.group == -1 else self.group
-        groups = pad(weight, (0, -weight.shape[1] % g)).unflatten(1, (-1, g))  # (out, groups, g)
+        groups = in_groups(weight, g)
         absmax = groups.abs().amax(-1)
         scale = {"plain": self.plain_scale, "global": global_scale, "power": power_scale}[scales](absmax, book)
         numbers = (scale if isinstance(scale, Tensor) else scale.materialise()).float()
@@ -128,11 +128,8 @@ class FloatGrid:
         return Codes.of(codes, book, Rows(self.group), scale)
 
     def plain_scale(self, absmax: Tensor, book: Minifloat) -> Tensor:
-        """absmax (out, groups) -> scales in the dtype in which they are stored; one that would be cast to 0 or infinity
-        becomes the smallest or largest number."""
-        dtype = getattr(torch, self.scale_dtype)
-        limits = torch.finfo(dtype)
-        return (absmax / book.largest).clamp(limits.smallest_normal * limits.eps, limits.max).to(dtype)
+        """absmax (out, groups) -> scales as they are stored."""
+        return as_stored(absmax / book.largest, getattr(torch, self.scale_dtype))
 
 
 def global_scale(absmax: Tensor, book: Minifloat) -> Codes:

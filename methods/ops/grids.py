@@ -27,6 +27,17 @@ SEARCH_CHUNK = 2**17
 """Weights searched at a time: their copies stay in the cache."""
 
 
+def in_groups(weight: Tensor, group: int) -> Tensor:
+    """weight (out, in) -> (out, groups, group), a short last one filled up with zeros."""
+    return pad(weight, (0, -weight.shape[1] % group)).unflatten(1, (-1, group))
+
+
+def as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales cast to a dtype; one that would become 0 or infinity becomes the smallest or largest number."""
+    limits = torch.finfo(dtype)
+    return scale.clamp(limits.smallest_normal * limits.eps, limits.max).to(dtype)
+
+
 @dataclass
 class IntegerGrid:
     """Settings of the grid; a method inherits them (see `methods/quantize/rtn.py`)."""
@@ -94,8 +105,7 @@ class IntegerGrid:
 
         A short last group is filled up with zeros, which changes no grid: every range holds zero, and zero is met exactly.
         """
-        g = self.width_of_group(weight.shape[1])
-        return pad(weight, (0, -weight.shape[1] % g)).unflatten(1, (-1, g))
+        return in_groups(weight, self.width_of_group(weight.shape[1]))
 
     def fit(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """weight (..., columns of a group) -> scale (...), in the dtype in which it is stored, and zero (...), in weight's."""
@@ -146,10 +156,8 @@ class IntegerGrid:
         return scale, torch.full_like(low, 2 ** (self.bits - 1))
 
     def stored(self, scale: Tensor) -> Tensor:
-        """The scale as it is stored; one that would be cast to 0 or infinity becomes the smallest or largest number."""
-        dtype = getattr(torch, self.scale_dtype)
-        limits = torch.finfo(dtype)
-        return scale.clamp(limits.smallest_normal * limits.eps, limits.max).to(dtype)
+        """The scale as it is stored."""
+        return as_stored(scale, getattr(torch, self.scale_dtype))
 
     def encode(self, weight: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """Codes of weight (...) on the given grid, whole numbers in weight's dtype; scale and zero broadcast against it."""

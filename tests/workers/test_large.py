@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import sys
 from collections.abc import Callable
@@ -19,9 +17,9 @@ from pare.workers import evaluation, harness, large
 from pare.workers.blocks import from_artifact
 from pare.workers.export.reader import open_export
 from pare.workers.models import ModelArtifact, load_dense, load_tokenizer
-from pare.workers.probe import resident_bytes
 from pare.workers.task import TaskError
 from pare.workers.tasks import export, score
+from tests.workers.memory_of_blocks import growth
 
 CPU = torch.device("cpu")
 PAIRS = [{"good": "a long sentence that is good", "bad": "a bad one", "group": ""}, {"good": "b", "bad": "b", "group": ""},
@@ -163,16 +161,6 @@ def test_a_score_with_too_little_memory_is_the_score(workshop: Any, codes: Calla
     assert same_base == pytest.approx(base, rel=1e-5)
     assert streamed == pytest.approx(whole, rel=1e-5, abs=1e-6)
     assert (again / "teacher.json").read_text() == (teacher / "teacher.json").read_text()
-
-
-def growth(work: Callable[[], Any]) -> int:
-    """Bytes by which this process grew at its highest while it worked."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # sets the kernel's mark of the highest resident size back
-    before = resident_bytes("VmRSS")
-    work()
-    return resident_bytes("VmHWM") - before
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the Linux kernel's mark of the highest resident size")

@@ -57,8 +57,9 @@ class Made:
         self.blocks: list[dict[str, Any]] = []
         """As `piece`, with the names of the operands alone."""
 
-    def append(self, artifact: ModelArtifact, block: Block, finished: Finished) -> None:
-        whole = [in_place(artifact, name, finished.formulas[name]) for group in block.groups for name in group.weights]
+    def append(self, block: Block, finished: Finished, placed: dict[str, Formula]) -> None:
+        """placed: see `in_place`."""
+        whole = [placed[name] for group in block.groups for name in group.weights]
         size = {
             "weights": sum(formula.shape[0] * formula.shape[1] for formula in whole),
             "bits": sum(formula.logical_bits for formula in whole),
@@ -138,7 +139,8 @@ def compress_blocks(
                     wanted = [need.name for need in method.needs]
                     statistics[group.name] = {name: file.get_tensor(f"{group.name}:{name}").to(ctx.device) for name in wanted}
         add_gradients(ctx, index, block, method, statistics)
-        made.append(artifact, block, compress_block(artifact, block, statistics, method, context))
+        finished = compress_block(artifact, block, statistics, method, context)
+        made.append(block, finished, in_place(artifact, finished.formulas))
         ctx.progress(index + 1, len(anatomy.blocks), "blocks")
 
 
@@ -165,9 +167,10 @@ def compress_streaming(
     for passing in passing_by:
         add_gradients(ctx, len(made.blocks), passing.block, method, passing.statistics)
         finished = compress_block(artifact, passing.block, passing.statistics, method, context)
-        write_into(model.model, artifact, finished.formulas)
-        made.append(artifact, passing.block, finished)
-        del finished
+        placed = in_place(artifact, finished.formulas)
+        write_into(model.model, placed)
+        made.append(passing.block, finished, placed)
+        del finished, placed
         ctx.progress(len(made.blocks), len(anatomy.blocks), "blocks")
 
 
@@ -256,13 +259,16 @@ def fold_block(artifact: ModelArtifact, groups: list[InputGroup], method: LayerM
 
 
 @torch.no_grad()
-def write_into(model: nn.Module, artifact: ModelArtifact, formulas: dict[str, Formula]) -> None:
+def write_into(model: nn.Module, placed: dict[str, Formula]) -> None:
     """Gives the weights the values that their formulas stand for."""
-    for name, formula in formulas.items():
+    for name, formula in placed.items():
         weight = weight_of(model, name)
-        weight.copy_(in_place(artifact, name, formula).materialise().view_as(weight))
+        weight.copy_(formula.materialise().view_as(weight))
 
 
-def in_place(artifact: ModelArtifact, name: str, formula: Formula) -> Formula:
-    """The whole of a weight: what is added to one is counted, and worked out, with it."""
-    return formula if formula.op == "replace" else artifact.effective(name).plus(formula.to("cpu"))
+def in_place(artifact: ModelArtifact, formulas: dict[str, Formula]) -> dict[str, Formula]:
+    """The whole of each weight: what is added to one is counted, and worked out, with it."""
+    return {
+        name: formula if formula.op == "replace" else artifact.effective(name).plus(formula.to("cpu"))
+        for name, formula in formulas.items()
+    }

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from pare.workers.fresh import FreshProcess
+from pare.workers.memory import free_on
 from pare.workers.probe import ExportUnderTest
 from pare.workers.task import TaskContext
 
@@ -83,9 +84,8 @@ def interquartile_range(values: list[float]) -> float:
 def all_fit(directories: list[Path], dtype: str, device: torch.device) -> bool:
     """Whether all exports can be held in memory at once, each in a process of its own and one of them being opened."""
     parameters = [json.loads((directory / "export.json").read_text())["parameters"] for directory in directories]
-    free = psutil.virtual_memory().available if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     models = getattr(torch, dtype).itemsize * (sum(parameters) + max(parameters))
-    return models + PROCESS_BYTES * len(directories) < 0.9 * free
+    return models + PROCESS_BYTES * len(directories) < 0.9 * free_on(device)
 
 
 def hardware(ctx: TaskContext, threads: int) -> dict[str, Any]:

@@ -19,19 +19,6 @@ from tests.methods.anatomy.tiny_models import HIDDEN, TOKENS, logits, tiny
 every = pytest.mark.parametrize("architecture", FAMILIES)
 
 
-@pytest.fixture(scope="module")
-def model_of() -> Callable[[str], Any]:
-    """One model of each class; whoever changes it takes a copy."""
-    made: dict[str, Any] = {}
-
-    def of(architecture: str) -> Any:
-        if architecture not in made:
-            made[architecture] = tiny(architecture)
-        return made[architecture]
-
-    return of
-
-
 @every
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_said_of_it_holds_when_it_runs(architecture: str, tied: bool) -> None:

@@ -79,19 +79,6 @@ def fewer(anatomy: Anatomy, kind: str) -> Cut:
     return Cut(units={key: share(tie, UNITS[kind]) for key, tie in ties(anatomy, kind).items()})
 
 
-@pytest.fixture(scope="module")
-def model_of() -> Callable[[str], Any]:
-    """One model of each class; nobody changes it."""
-    made: dict[str, Any] = {}
-
-    def of(architecture: str) -> Any:
-        if architecture not in made:
-            made[architecture] = tiny(architecture)
-        return made[architecture]
-
-    return of
-
-
 @every
 @pytest.mark.parametrize("kind", ["ffn", "kv", "channel"])
 def test_units_of_every_block_are_taken_out_exactly(architecture: str, kind: str, model_of: Callable[[str], Any]) -> None:
