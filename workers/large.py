@@ -8,7 +8,9 @@ arguments that the model itself calls them with (`methods/anatomy/calls.py`). Ac
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,12 @@ from pare.methods.anatomy.describe import UnknownModel
 from pare.methods.anatomy.reads import one_expert_at_a_time
 from pare.methods.anatomy.views import parse, view
 from pare.methods.parts.formula import Formula
-from pare.workers.blocks import BlockByBlock, Read
+from pare.workers.blocks import BlockByBlock, Read, from_artifact
 from pare.workers.evaluation import LOGIT_BYTES, head_of
 from pare.workers.export.pare_form import STEM, TABLE
 from pare.workers.memory import free_on
-from pare.workers.models import dense_index, within_name
+from pare.workers.models import ModelArtifact, dense_index, within_name
+from pare.workers.quantised_inputs import quantise_inputs
 from pare.workers.sources import directory_shapes
 from pare.workers.task import TaskError
 
@@ -38,14 +41,36 @@ class Streamed(BlockByBlock):
 
     remedy = "Give it more memory: evaluation.memory_gb"
 
-    def __init__(self, directory: Path, read: Read, dtype: torch.dtype, device: torch.device, how: str = "plain") -> None:
+    def __init__(
+        self,
+        directory: Path,
+        read: Read,
+        dtype: torch.dtype,
+        device: torch.device,
+        how: str = "plain",
+        rounding: Mapping[str, Callable[[], Formula]] | None = None,
+    ) -> None:
+        """rounding: name of a weight -> reads its formula, of those whose linear rounds what it reads."""
+        self.rounding = rounding or {}
         try:
             super().__init__(directory, read, dtype, device, how)
         except UnknownModel as e:
             raise TaskError(f"the model does not fit into memory, and cannot be read block by block: {e}", "infeasible") from e
         self.fill(self.model, "", self.around)
         self.model.tie_weights()
+        self.round_inputs(self.model, "", {name for name in self.rounding if name in self.around})
         self.head = head_of(self.model)
+
+    @contextmanager
+    def loaded(self, name: str) -> Iterator[nn.Module]:
+        with super().loaded(name) as module:
+            prefix = f"{name}."
+            self.round_inputs(module, prefix, {weight for weight in self.rounding if weight.startswith(prefix)})
+            yield module
+
+    def round_inputs(self, module: nn.Module, prefix: str, names: Iterable[str]) -> None:
+        """prefix: what stands before the names of the module's tensors in the model."""
+        quantise_inputs(module, ((name.removeprefix(prefix), self.rounding[name]().to(self.device)) for name in names))
 
     @torch.inference_mode()
     def hidden(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -81,8 +106,16 @@ def from_files(directory: Path, stem: str = "model") -> Read:
     return read
 
 
-def from_pare(directory: Path) -> Read:
-    """Reads an export in Pare's own form, each weight worked out from its formulas."""
+def stream_artifact(artifact: ModelArtifact, dtype: torch.dtype, device: torch.device) -> Streamed:
+    """The model that an artifact stands for, read block by block."""
+    rounding = {
+        name: partial(artifact.effective, name) for name in artifact.compressed_names() if artifact.has_quantised_input(name)
+    }
+    return Streamed(artifact.dense.directory, from_artifact(artifact), dtype, device, rounding=rounding)
+
+
+def from_pare(directory: Path) -> tuple[Read, dict[str, Callable[[], Formula]]]:
+    """Reads an export in Pare's own form, each weight worked out from its formulas; and see `Streamed` for `rounding`."""
     stored, where = from_files(directory, STEM), dense_index(directory, STEM)
     table = json.loads((directory / TABLE).read_text())["tensors"]
     operands: dict[str, list[str]] = {}
@@ -92,9 +125,12 @@ def from_pare(directory: Path) -> Read:
     for name in table:
         views.setdefault(parse(name).parameter, []).append(name)
 
-    def worked_out(name: str) -> Tensor:
+    def formula(name: str) -> Formula:
         own = {key: stored(key, None) for key in operands.get(name, ())}
-        return Formula.from_tensors(table[name], within_name(name, own)).materialise()
+        return Formula.from_tensors(table[name], within_name(name, own)).resolve(formula)
+
+    def worked_out(name: str) -> Tensor:
+        return formula(name).materialise()
 
     def read(name: str, shape: torch.Size | None) -> Tensor:
         if name not in views:
@@ -106,7 +142,7 @@ def from_pare(directory: Path) -> Read:
             view(whole, part).copy_(worked_out(part))
         return whole
 
-    return read
+    return read, {name: partial(formula, name) for name, spec in table.items() if "activation" in spec}
 
 
 def stream_export(directory: Path, dtype: torch.dtype, device: torch.device) -> Streamed:
@@ -122,8 +158,8 @@ def stream_export(directory: Path, dtype: torch.dtype, device: torch.device) -> 
             "evaluation.memory_gb",
             "infeasible",
         )
-    read = from_pare(directory) if said["format"] == "pare" else from_files(directory)
-    return Streamed(directory, read, dtype, device, said["open"])
+    read, rounding = from_pare(directory) if said["format"] == "pare" else (from_files(directory), None)
+    return Streamed(directory, read, dtype, device, said["open"], rounding)
 
 
 # --- which way ----------------------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pare.methods.ops.float_grids import FloatGrid
+from pare.methods.parts.activations import ActivationQuantiser
 from pare.methods.parts.formula import Formula
 from pare.workers import evaluation, harness, large
-from pare.workers.blocks import from_artifact
 from pare.workers.export.reader import open_export
 from pare.workers.models import ModelArtifact, load_dense, load_tokenizer
 from pare.workers.task import TaskError
@@ -57,7 +58,7 @@ def same(streamed: large.Streamed, whole: nn.Module, ids: Tensor, tokenizer: Any
 
 def test_an_artifact_read_block_by_block_measures_as_the_whole(random_llama: Path, ids: Tensor) -> None:
     artifact = ModelArtifact(random_llama, Path)
-    streamed = large.Streamed(random_llama, from_artifact(artifact), torch.float32, CPU)
+    streamed = large.stream_artifact(artifact, torch.float32, CPU)
 
     same(streamed, load_dense(random_llama, torch.float32), ids, load_tokenizer(random_llama))
 
@@ -98,6 +99,31 @@ def test_an_export_read_block_by_block_measures_as_the_whole(
     whole = open_export(directory, torch.float32).model
 
     streamed = large.stream_export(directory, torch.float32, CPU)
+
+    same(streamed, whole, ids, load_tokenizer(directory), base=load_dense(workshop.base, torch.float32))
+
+
+@pytest.mark.parametrize("form", ["artifact", "compressed-tensors", "pare"])
+@pytest.mark.parametrize("inputs", ["int8", "fp8_e4m3"])
+def test_inputs_that_are_rounded_are_rounded_when_blocks_are_read_one_at_a_time(
+    form: str, inputs: str, workshop: Any, codes: Callable[..., Any], ids: Tensor
+) -> None:
+    grid = FloatGrid(format="fp8_e4m3")
+    made = workshop.artifact(
+        "made",
+        lambda name, weight: Formula(
+            [codes(weight, 8, -1) if inputs == "int8" else grid.round_to_nearest(weight.float())],
+            activation=ActivationQuantiser.of(inputs),
+        ),
+    )
+    directory, _ = workshop.run(export, "export", {"card": {}, "format": form if form != "artifact" else "pare"}, model=made)
+    whole = open_export(directory, torch.float32).model
+    artifact = workshop.open(made)
+
+    if form == "artifact":
+        streamed = large.stream_artifact(artifact, torch.float32, CPU)
+    else:
+        streamed = large.stream_export(directory, torch.float32, CPU)
 
     same(streamed, whole, ids, load_tokenizer(directory), base=load_dense(workshop.base, torch.float32))
 

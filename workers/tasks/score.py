@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from pare.workers import evaluation, large
-from pare.workers.blocks import from_artifact
 from pare.workers.models import ModelArtifact, load_in_memory
 from pare.workers.task import TaskContext
 
@@ -26,7 +25,7 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     if large.way(large.bytes_of(artifact.dense.directory, dtype), limit, ctx.device, can_shard=False) == "whole":
         model = evaluation.Whole(load_in_memory(artifact, dtype, ctx.device))
     else:
-        model = large.Streamed(artifact.dense.directory, from_artifact(artifact), dtype, ctx.device)
+        model = large.stream_artifact(artifact, dtype, ctx.device)
     teacher = None
     if "teacher" in ctx.inputs:
         teacher = evaluation.open_teacher(ctx.inputs["teacher"], ctx.resolve, dtype, ctx.device)
