@@ -26,6 +26,7 @@ from pare.orchestrator.ledger import Ledger
 from pare.orchestrator.plan import NoMembersError, Plan, Task, ranks_of
 from pare.orchestrator.pool import Pool, Reply, Room
 from pare.orchestrator.schedule import ranks
+from pare.orchestrator.work import MADE_OF_TEXT
 from pare.workers.blobs import log_key
 from pare.workers.plugins import pack_plugins
 from pare.workers.run import Coordination, live_key
@@ -171,6 +172,10 @@ class Engine:
         self.searches: dict[str, Search] = {}
         self.attempts: dict[str, int] = {}
         self.settled: set[str] = set() if only is None else set(plan.goals) - set(only)
+        self.ours = set(plan.goals) - self.settled
+        """Trials to work on that have not failed."""
+        self.lost: set[str] = set()
+        """Those that have."""
         self.begun: set[str] = set()
         self.usual: dict[str, float] = {}
         """Type of task -> seconds that one of it has taken of late."""
@@ -207,6 +212,8 @@ class Engine:
         self.solo: deque[Task] = deque()
         self.ends: dict[str, list[str]] = {}
         self.open: dict[str, int] = {}
+        self.pointless: set[str] | None = None
+        """Missing tasks that only trials need which have failed; None: to be worked out anew."""
         nodes = [*self.missing.values(), *self.plan.expected()]
         durations = {
             n.fingerprint: self.estimates[n.fingerprint].wall_s if n.fingerprint in self.estimates else 0.0 for n in nodes
@@ -218,6 +225,7 @@ class Engine:
 
     def admit(self, tasks: Iterable[Task]) -> None:
         """Queues missing tasks, each behind those that it needs."""
+        self.pointless = None
         for task in tasks:
             fingerprint = task.fingerprint
             self._order.setdefault(fingerprint, len(self._order))
@@ -232,7 +240,9 @@ class Engine:
         """A task whose inputs are all there."""
         if task.fingerprint in self.failed:
             return
-        if self.room_of(task) is not Room.SLOT and task.type not in ALONE | COORDINATED:
+        if task.type in MADE_OF_TEXT:  # soon over, and what they fail of fails every trial
+            heapq.heappush(self.ready, (-math.inf, self._order[task.fingerprint], task.fingerprint))
+        elif self.room_of(task) is not Room.SLOT and task.type not in ALONE | COORDINATED:
             self.solo.append(task)
         elif task.type in ALONE:
             self.alone.setdefault(canonical([task.type, task.spec]), []).append(task)
@@ -304,6 +314,8 @@ class Engine:
         """
         if self.stopping:
             return
+        while self.solo and not self.has_purpose(self.solo[0]):
+            self.solo.popleft()
         if self.solo:
             if not self.running:
                 self.launch([self.solo.popleft()], listener)
@@ -325,12 +337,32 @@ class Engine:
                 self.launch(share, listener, behind=self.unfollowed.pop())
         if not self.alone or self.running or self.searches or self.ready or self.elsewhere:
             return
-        if not any(task.type not in ALONE for task in self.unblocked()):
-            self.launch(self.alone.pop(next(iter(self.alone))), listener)
+        if any(task.type not in ALONE for task in self.unblocked()):
+            return
+        while self.alone and not self.running:
+            batch = self.alone.pop(next(iter(self.alone)))
+            self.launch([task for task in batch if self.has_purpose(task)], listener)
 
     def unblocked(self) -> Iterable[Task]:
         """Missing tasks that may still run. Asked only when nothing runs and nothing is ready."""
-        return (task for task in self.missing.values() if not self.cause(task.fingerprint))
+        return (task for task in self.missing.values() if self.has_purpose(task) and not self.cause(task.fingerprint))
+
+    def has_purpose(self, task: Task) -> bool:
+        """Whether it is worth starting: not for trials alone that can no longer be done."""
+        if self.pointless is None:
+            self.pointless = self.behind(self.lost) - self.behind(self.ours) if self.lost else set()
+        return task.fingerprint not in self.pointless
+
+    def behind(self, trials: Iterable[str]) -> set[str]:
+        """Fingerprints of the missing tasks that trials need."""
+        found: set[str] = set()
+        waiting = [fingerprint for trial in trials for fingerprint in self.plan.wanted_of(trial)]
+        while waiting:
+            fingerprint = waiting.pop()
+            if fingerprint in self.missing and fingerprint not in found:
+                found.add(fingerprint)
+                waiting += self.missing[fingerprint].inputs.values()
+        return found
 
     def next_share(self) -> list[Task]:
         """The next task for a worker, and those after it where all of them are over at once: the way there and back would take
@@ -356,8 +388,9 @@ class Engine:
     def next_ready(self) -> Task | None:
         while self.ready:
             fingerprint = heapq.heappop(self.ready)[2]
-            if fingerprint in self.missing and fingerprint not in self.failed:
-                return self.missing[fingerprint]
+            task = self.missing.get(fingerprint)
+            if task and fingerprint not in self.failed and self.has_purpose(task):
+                return task
         return None
 
     def request(self, task: Task) -> dict[str, Any]:
@@ -497,7 +530,7 @@ class Engine:
         busy = (
             {task.fingerprint for job in self.running.values() for task in job.tasks} | set(self.searches) | set(self.elsewhere)
         )
-        self.stock(self.plan.missing(self.store, [trial for trial in self.plan.goals if trial not in self.settled]))
+        self.stock(self.plan.missing(self.store, [trial for trial in self.plan.goals if trial in self.ours]))
         self.ready = [entry for entry in self.ready if entry[2] not in busy]
         heapq.heapify(self.ready)
 
@@ -534,6 +567,10 @@ class Engine:
 
     def end_trial(self, trial: str, status: str, cause: dict[str, Any] | None, listener: Listener) -> None:
         self.settled.add(trial)
+        if status == "failed":
+            self.ours.discard(trial)
+            self.lost.add(trial)
+            self.pointless = None
         self.ended += trial in self.begun
         self.ledger.set_trial(self.sweep, trial, status, cause)
         listener.trial_ended(trial, status, cause)

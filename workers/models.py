@@ -100,6 +100,15 @@ class ModelArtifact:
             return "activation" in own
         return self.base is not None and self.base.has_quantised_input(name)
 
+    def folded_names(self) -> list[str]:
+        """Names of the weights that this artifact, not one beneath it, has folded factors into."""
+        if self.base is None:
+            return []
+        said = (
+            key.removeprefix(FOLD_IN).removeprefix(FOLD_OUT) for key in self._operands if key.startswith((FOLD_IN, FOLD_OUT))
+        )
+        return sorted(set(said))
+
     def stored(self, name: str) -> Tensor:
         """What a name stands for as the dense base stores it, in its own dtype."""
         if self.base:

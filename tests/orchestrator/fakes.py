@@ -14,8 +14,11 @@ from pare.orchestrator.pool import InlinePool, Room
 from pare.workers.store import ArtifactError, Store
 
 
-def toy_plan(trials: tuple[str, ...] = ("a", "b")) -> Plan:
-    """import -> compress (per trial) -> export -> evaluate, with one speed task per trial; import is shared."""
+def toy_plan(trials: tuple[str, ...] = ("a", "b"), asked: tuple[str, ...] = ()) -> Plan:
+    """import -> compress (per trial) -> export -> evaluate, with one speed task per trial; import is shared.
+
+    asked: trials whose evaluation needs questions, which they share.
+    """
     plan = Plan()
     for name in trials:
         own: list[str] = []
@@ -31,7 +34,8 @@ def toy_plan(trials: tuple[str, ...] = ("a", "b")) -> Plan:
         base = add("import_model", "import", {})
         artifact = add("compress", f"compress {name}", {"model": base})
         export = add("export", f"export {name}", {"model": artifact})
-        evaluate = add("evaluate", f"evaluate {name}", {"export": export})
+        questions = {"questions": add("questions", "questions", {})} if name in asked else {}
+        evaluate = add("evaluate", f"evaluate {name}", {"export": export, **questions})
         speed = add("speed", f"speed {name}", {"export": export})
         plan.goals[name] = Goals(artifact, artifact, export, evaluate, speed, own)
     return plan

@@ -98,6 +98,27 @@ def test_attempts_are_never_endless_and_other_trials_go_on(tmp_path: Path, toy: 
     ledger.close()
 
 
+def test_nothing_is_spent_on_a_trial_that_cannot_be_done_any_more(tmp_path: Path, toy: fakes.Toy) -> None:
+    toy.fail["questions"] = ["user_error"]
+
+    _, listener, ledger = fakes.execute(tmp_path, fakes.toy_plan(asked=("a", "b")), toy)
+
+    assert toy.ran == ["questions"], "what is made of text comes first, and without it no trial can be done"
+    assert listener.trials == {"a": "failed", "b": "failed"}
+    ledger.close()
+
+
+def test_what_another_trial_waits_for_is_still_made(tmp_path: Path, toy: fakes.Toy) -> None:
+    toy.fail["questions"] = ["user_error"]
+
+    _, listener, ledger = fakes.execute(tmp_path, fakes.toy_plan(("a", "b", "c"), asked=("a", "b")), toy)
+
+    assert set(toy.ran) == {"questions", "import", "compress c", "export c", "evaluate c", "speed c"}
+    assert toy.batches[-1] == ["speed c"], "that of a trial that is done already"
+    assert listener.trials == {"a": "failed", "b": "failed", "c": "done"}
+    ledger.close()
+
+
 def test_a_task_of_several_ranks_waits_until_they_fit_and_is_not_overtaken_for_ever(tmp_path: Path, toy: fakes.Toy) -> None:
     plan = fakes.toy_plan(("a", "b", "c", "d"))
     (wide,) = (task for task in plan.tasks.values() if task.label == "compress b")

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from pare.methods.contract import Context
 from pare.methods.finetune.lora import Lora
 from pare.methods.finetune.qlora import Qlora
+from pare.methods.parts.activations import ActivationQuantiser
 from pare.methods.parts.formula import Dense, Formula, LowRank
 from pare.workers.blobs import LocalBlobs
 from pare.workers.checkpoint import NO_CHECKPOINT, Checkpoint
@@ -78,10 +79,10 @@ class Sweep:
         descend(model, text(24, seed=0), steps, rate)
         write_formulas(out, on, method.finish(model, out))
 
-    def write(self, name: str, formulas: dict[str, Formula], base: str = "base") -> None:
+    def write(self, name: str, formulas: dict[str, Formula], base: str = "base", **more: Any) -> None:
         self.places[name] = self.root / name
         self.places[name].mkdir()
-        write_formulas(self.places[name], base, formulas)
+        write_formulas(self.places[name], base, formulas, **more)
 
     def open(self, name: str) -> ModelArtifact:
         return ModelArtifact(self.places[name], self.places.__getitem__)
@@ -388,6 +389,39 @@ def test_a_member_of_another_base_is_refused_by_name(sweep: Sweep) -> None:
 
     with pytest.raises(TaskError, match=r"member foreign stands on stranger, and the merge on base: .* Try: members\.blocks"):
         sweep.merge(("a", "foreign"), mode="uniform")
+
+
+def test_members_on_scales_of_their_own_are_refused(sweep: Sweep) -> None:
+    """Factors folded into them, which each member has others of; those of a model that all stand on do no harm."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = sweep.open("base").materialise(name)
+    scaled = {"fold.in:" + name: torch.full((weight.shape[1],), 2.0)}
+    sweep.write("folded", {name: Formula([Dense(weight * 2)])}, factors=scaled)
+    sweep.write("other", {name: Formula([Dense(weight)])})
+    for member in ("on_it", "on_it_too"):
+        sweep.write(member, {name: Formula([LowRank(torch.ones(1, 64), torch.zeros(128, 1))], "add")}, base="folded")
+
+    with pytest.raises(TaskError, match=rf"member folded has factors of its own folded into {name}"):
+        sweep.merge(("folded", "other"), mode="uniform")
+    assert sweep.merge(("on_it", "on_it_too"), mode="uniform")["merge/accepted"] == 2
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"activation": ActivationQuantiser.of("int8")}, {"right": Dense(torch.eye(64))}, {"left": Dense(torch.eye(128))}],
+    ids=lambda more: next(iter(more)),
+)
+def test_members_that_are_more_than_a_sum_of_parts_are_refused(sweep: Sweep, more: dict[str, Any]) -> None:
+    """Also where another level stands on top of it."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = Dense(sweep.open("base").materialise(name))
+    sweep.write("plain", {name: Formula([weight])})
+    sweep.write("rounding", {name: Formula([weight], **more)})
+    sweep.write("above", {name: Formula([LowRank(torch.ones(1, 64), torch.zeros(128, 1))], "add")}, base="rounding")
+
+    for member in ("rounding", "above"):
+        with pytest.raises(TaskError, match=rf"{name} of member {member} has transforms or a quantised input.*Merge first"):
+            sweep.merge(("plain", member), mode="uniform")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

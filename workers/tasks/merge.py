@@ -23,7 +23,7 @@ from torch import nn
 from pare.methods.anatomy.views import weight_of
 from pare.methods.contract import Context, Member, MergeMethod, load_all
 from pare.methods.parts.codes import Codes
-from pare.methods.parts.formula import Formula, LowRank, Part
+from pare.methods.parts.formula import Formula, LowRank
 from pare.workers import evaluation
 from pare.workers.export.adapter import write_adapter
 from pare.workers.models import ModelArtifact, load_in_memory, load_skeleton, write_formulas
@@ -111,13 +111,25 @@ def open_member(name: str, score: float, levels: Sequence[ModelArtifact]) -> Mem
     """A member as merge methods see it.
 
     Raises:
-        TaskError: its score is no number. Its `formula` raises one, too, for a weight that is none.
+        TaskError: its score is no number, or factors were folded into its weights. Its `formula` raises one, too, for a weight
+            that is not finite, or more than a sum of parts.
     """
     if not math.isfinite(score):
         raise TaskError(f"member {name} has the selection score {score}: a model that diverged cannot be merged", "nonfinite")
+    scaled = next((weight for level in levels for weight in level.folded_names()), None)
+    if scaled:
+        raise TaskError(
+            f"member {name} has factors of its own folded into {scaled}: other members' weights are on other scales, and their "
+            "mean is no model. Merge members that were trained on the folded model, or merge first and fold the soup"
+        )
 
     def formula(weight: str) -> Formula | None:
         found = relative(levels, weight)
+        if found and (found.transforms or found.activation):
+            raise TaskError(
+                f"{weight} of member {name} has transforms or a quantised input, which weights that are merged cannot have. "
+                "Merge first and compress the soup"
+            )
         if found and not all(t.float().isfinite().all() for t in found.tensors().values() if t.is_floating_point()):
             raise TaskError(f"{weight} of member {name} is not finite: a model that diverged cannot be merged", "nonfinite")
         return found
@@ -127,14 +139,12 @@ def open_member(name: str, score: float, levels: Sequence[ModelArtifact]) -> Mem
 
 def relative(levels: Sequence[ModelArtifact], weight: str) -> Formula | None:
     """What the levels, the uppermost first, make of a weight, as one formula on top of what lies beneath them all."""
-    parts: list[Part] = []
-    for level in levels:
+    whole: Formula | None = None
+    for level in reversed(levels):
         formula = level.formula(weight)
         if formula:
-            parts = [*formula.parts, *parts]
-            if formula.op == "replace":
-                return Formula(parts, "replace")
-    return Formula(parts, "add") if parts else None
+            whole = formula if whole is None or formula.op == "replace" else whole.plus(formula)
+    return whole
 
 
 def updates(formulas: Mapping[str, Formula]) -> dict[str, LowRank]:
