@@ -42,6 +42,12 @@ LIBRARIES = 5e8
 TRAINER, FRESH, LM_EVAL, CONTEXT = 1.8e8, 4.4e8, 6e7, 3e9
 """Bytes of: Trainer and peft; a fresh process; lm-eval and datasets; the host's side of a GPU's libraries."""
 
+HIDDEN = 4e9
+"""Bytes of hidden states that stay in memory, the others lie in files: a quarter of what is free, on a machine of 16 GB."""
+
+SHARD = 64 << 20
+"""Bytes of operands that wait in memory to be written."""
+
 LOGITS = 64 << 20
 """Bytes of one slice of logits in an evaluation (`workers/evaluation.py`)."""
 
@@ -199,6 +205,11 @@ class Job:
         held = max(s.parameters - s.linears, s.linears / max(s.blocks, 1)) * (self.item + s.weight_bytes)
         return Work(moved=s.parameters * 40, memory=held)
 
+    def hidden(self) -> float:
+        """Bytes in memory of what a block reads of all windows."""
+        sequences, length = self.windows()
+        return min(sequences * length * self.shape.width * self.item, HIDDEN)
+
     def forward(self, sequences: int, length: int, head: int = 0, rows: int = 2048) -> Work:
         """A forward pass in batches of `rows` tokens; `head` output heads with the softmax over each."""
         s, tokens = self.shape, sequences * length
@@ -254,7 +265,7 @@ def calibrate(job: Job) -> Work:
     tokens = sequences * length
     has_gram = any(statistic["class"] == Gram.__qualname__ for statistic in job.spec["statistics"])
     grams = Work(2 * tokens * s.gram, disk=4.0 * s.gram) if has_gram else Work(disk=4.0 * s.columns)
-    held = Work(memory=job.block_by_block().memory + tokens * s.width * job.item * 2)
+    held = Work(memory=job.block_by_block().memory + job.hidden() + 2 * grams.disk / max(s.blocks, 1))
     return job.block_by_block() + job.forward(sequences, length, rows=4 * length) + grams + held
 
 
@@ -263,7 +274,7 @@ def gradients(job: Job) -> Work:
     there = job.forward(sequences, length, rows=length)
     and_back = job.forward(sequences, length, head=1, rows=length).times(3)
     summing = Work(moved=12.0 * kinds * sequences * s.linears, disk=4.0 * kinds * s.linears)
-    held = 2 * sequences * length * s.width * job.item + s.linears / max(s.blocks, 1) * (job.item + 4 * (kinds + 1))
+    held = 2 * job.hidden() + s.linears / max(s.blocks, 1) * (job.item + 4 * (kinds + 1))
     held += length * max(8 * s.vocabulary, s.spans / max(s.blocks, 1) * 4)
     return job.block_by_block().times(2) + there + and_back + summing + Work(memory=job.block_by_block().memory + held)
 
@@ -271,7 +282,7 @@ def gradients(job: Job) -> Work:
 def compress(job: Job) -> Work:
     s, settings = job.shape, job.settings
     work = Work(moved=s.linears * (SEARCH if settings.get("mse") else ROUNDING), disk=made_by(job).operands)
-    work += Work(memory=2e7 + s.linears / max(s.blocks, 1) * 16 + work.disk)
+    work += Work(memory=2e7 + s.linears / max(s.blocks, 1) * 16 + min(work.disk, SHARD))
     has_gram = Gram in METHODS[job.spec["method"]].needs if job.spec["method"] in METHODS else True
     if has_gram and job.record["inputs"].keys() & {"statistics", "tokens"}:
         solving = Work(2 * s.solve + 3 * s.cubes, fixed_s=s.columns * COLUMN_S)
@@ -279,7 +290,7 @@ def compress(job: Job) -> Work:
     if "tokens" in job.record["inputs"]:  # every block sees its compressed predecessors: two passes and the statistics
         sequences, length = job.windows()
         passes = job.forward(sequences, length, rows=4 * length).times(2)
-        work += job.block_by_block() + passes + Work(memory=work.memory + job.block_by_block().memory)
+        work += job.block_by_block() + passes + Work(memory=work.memory + job.block_by_block().memory + job.hidden())
         work += Work(2 * sequences * length * s.gram) if has_gram else Work()
     return work
 
@@ -309,7 +320,8 @@ def export(job: Job) -> Work:
     s, model = job.shape, job.made.get("model", Made())
     if model.adapter:
         return Work(fixed_s=0.01, memory=1e7, disk=model.operands / 2 + 2e4)  # the base lies beside it as a link
-    disk = (s.parameters - s.linears * bool(model.operands)) * s.weight_bytes + model.operands
+    operands = 0.0 if job.spec.get("format") == "dense" else model.operands
+    disk = (s.parameters - s.linears * bool(operands)) * s.weight_bytes + operands
     return Work(fixed_s=0.05, moved=disk * 80, memory=disk + 1e7, disk=disk + min(TOKENIZER, disk))
 
 

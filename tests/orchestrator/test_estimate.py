@@ -236,6 +236,18 @@ def test_the_bytes_of_codes_and_adapters_follow_from_the_settings() -> None:
     assert estimate(lora, "export").disk_bytes < estimate(plan, "export").disk_bytes < estimate(plan, "import_model").disk_bytes
 
 
+def test_memory_counts_what_waits_in_it_and_not_what_lies_in_files() -> None:
+    def peak(sequences: int) -> float:
+        size = [f"data.calibration.sequences={sequences}", "data.calibration.length=2048"]
+        return estimate(plan_of("recipe=gptq", *size), "calibrate").peak_bytes
+
+    assert peak(64) > peak(8)
+    assert peak(2**22) == peak(2**21), "from there on hidden states are in files"
+    codes, dense = (estimate(plan_of("recipe=gptq", f"export.format={f}"), "export", "gptq") for f in ("auto", "dense"))
+    assert dense.disk_bytes > codes.disk_bytes
+    assert dense.peak_bytes > codes.peak_bytes
+
+
 def test_a_task_that_has_run_costs_what_it_did() -> None:
     plan = plan_of("recipe=lora")
     cost = {"wall_s": 77.0, "cpu_s": 70.0, "memory_start_bytes": 5e8, "peak_rss_bytes": 9e8, "disk_bytes": 1234.0}
