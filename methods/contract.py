@@ -202,10 +202,13 @@ class TrainMethod(Method):
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(sum of the loss over the predicted tokens, number of predicted tokens). Default: next-token cross-entropy.
 
-        batch["input_ids"] (sequences, length) int64; every position but the first of a sequence is predicted.
+        batch: columns of some rows of the training data, each (sequences, length, ...). `input_ids`, int64; perhaps `labels`,
+        the same with a negative number where a token is not to be predicted, else every one but the first of a sequence is;
+        and perhaps `position_ids`, which begin anew with every document of a sequence: none of them sees another.
         """
         ids = batch["input_ids"]
-        return next_token_loss_(model(input_ids=ids, use_cache=False).logits, ids)
+        apart = {"position_ids": batch["position_ids"]} if "position_ids" in batch else {}
+        return next_token_loss_(model(input_ids=ids, use_cache=False, **apart).logits, batch.get("labels", ids))
 
     def after_backward(self, step: int) -> None:
         """Called with the gradients in place, before the optimizer."""

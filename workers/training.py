@@ -61,7 +61,7 @@ class Step:
 def train(
     method: TrainMethod,
     model: nn.Module,
-    sequences: Tensor,
+    data: Mapping[str, Tensor],
     directory: Path,
     seed: int,
     engine: Engine,
@@ -72,7 +72,8 @@ def train(
 ) -> list[Step]:
     """Trains `model`, as `method.prepare` made it, in place; from the step after `checkpoint`, if it holds one.
 
-    sequences (n, length) int64: read in an order that only `seed` decides, all of them once before any comes again.
+    data: columns, each (n, length, ...), as `TrainMethod.loss` takes rows of them. The rows are read in an order that only
+    `seed` decides, all of them once before any comes again.
     Writes a line for every step to `directory`/curve.jsonl. What it returns, writes and makes of the model does not depend
     on where it was interrupted and resumed.
 
@@ -132,8 +133,8 @@ def train(
     if len(set(ranks.all(len(steps)))) > 1:
         raise TaskError("the ranks have read different checkpoints of the same task", failure="unknown")
     # Only the rows that are left: to the Trainer this is an epoch of its own that starts at a later step.
-    rows = shuffled(len(sequences), method.steps * method.batch_size, seed)[len(steps) * method.batch_size :]
-    length = sequences.shape[1]
+    n, length = data["input_ids"].shape
+    rows = shuffled(n, method.steps * method.batch_size, seed)[len(steps) * method.batch_size :]
     expected = method.batch_size * (length - 1)
     trained = [p for p in model.parameters() if p.requires_grad]
     autocast = torch.autocast(engine.device.type, dtype=engine.dtype, enabled=engine.dtype != torch.float32)
@@ -210,8 +211,8 @@ def train(
             loop = Loop(
                 model=model,
                 args=arguments,
-                train_dataset=[{"input_ids": sequences[row]} for row in rows],
-                data_collator=lambda batch: {"input_ids": torch.stack([item["input_ids"] for item in batch])},
+                train_dataset=[{name: column[row] for name, column in data.items()} for row in rows],
+                data_collator=lambda batch: {name: torch.stack([item[name] for item in batch]) for name in data},
                 callbacks=[Record()],
             )
             loop.remove_callback(PrinterCallback)

@@ -12,15 +12,16 @@ PIECE = 2**22
 """Logits worked on at a time: 16 MiB of float32, which the C library serves again from memory that it holds."""
 
 
-def next_token_loss_(logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_loss_(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of every token given those before it -> (sum in nats, float32; number of predicted tokens).
 
-    logits (sequences, length, vocabulary), any float dtype; ids (sequences, length) int64. Works in float32 whatever the
-    dtype of the logits, and *overwrites* them: with their gradient where one is wanted, with scratch otherwise.
+    logits (sequences, length, vocabulary), any float dtype; labels (sequences, length) int64: the tokens, negative where one is
+    not to be predicted. Works in float32 whatever the dtype of the logits, and *overwrites* them: with their gradient where
+    one is wanted, with scratch otherwise.
     """
-    targets = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], dim=1)
+    targets = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -1)], dim=1)
     total: Tensor = _CrossEntropy.apply(logits.flatten(0, 1), targets.flatten())
-    return total, torch.tensor(ids[:, 1:].numel(), device=ids.device)
+    return total, (targets >= 0).sum()
 
 
 class _CrossEntropy(torch.autograd.Function):

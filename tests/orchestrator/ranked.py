@@ -17,7 +17,7 @@ from pare.workers.ranks import Ranks
 from pare.workers.task import TaskContext, TaskError
 from pare.workers.training import Engine, train
 
-SEQUENCES = torch.randint(96, (24, 16), generator=torch.Generator().manual_seed(3))
+DATA = {"input_ids": torch.randint(96, (24, 16), generator=torch.Generator().manual_seed(3))}
 
 
 def run(ctx: TaskContext) -> dict[str, Any]:
@@ -47,7 +47,16 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     model = method.prepare(LlamaForCausalLM(config).eval(), Context(cpu, 3))
     engine = Engine(cpu, torch.float32, ranks=ranks)
     steps = train(
-        method, model, SEQUENCES, ctx.out, 3, engine, progress, ctx.point, ctx.checkpoint, spec.get("save_every_s", 1e9)
+        method,
+        model,
+        DATA,
+        ctx.out,
+        3,
+        engine,
+        progress,
+        ctx.point,
+        ctx.checkpoint,
+        spec.get("save_every_s", 1e9),
     )
     weights = [float(p.detach().double().abs().sum()) for p in model.parameters() if p.requires_grad]
     node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""

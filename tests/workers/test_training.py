@@ -27,6 +27,7 @@ from pare.workers.training import Engine, Step, shuffled, train
 
 CPU = torch.device("cpu")
 SEQUENCES = torch.randint(96, (6, 16), generator=torch.Generator().manual_seed(3))
+DATA = {"input_ids": SEQUENCES}
 
 
 def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -40,7 +41,7 @@ def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
 def run(method: Lora, out: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[list[Step], nn.Module]:
     out.mkdir(exist_ok=True)
     model = method.prepare(llama(dtype), Context(CPU, seed))
-    return train(method, model, SEQUENCES, out, seed, Engine(CPU, dtype)), model
+    return train(method, model, DATA, out, seed, Engine(CPU, dtype)), model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,6 +69,24 @@ def test_the_loss_of_a_step_is_the_mean_over_the_tokens_of_its_whole_batch(tmp_p
 
     first_batch = SEQUENCES[shuffled(6, 4, seed=0)]
     assert steps[0].loss == pytest.approx(mean_loss(llama(), first_batch), abs=1e-5)
+
+
+def test_documents_in_one_sequence_do_not_see_each_other_and_masked_tokens_do_not_count() -> None:
+    """A sequence of two documents, told apart by positions, has the loss of the two by themselves."""
+    method, model = Lora(rank=2), llama()
+    ids = SEQUENCES[:1]
+    labels = ids.clone()
+    labels[0, [0, 6, 9]] = -100  # what a document begins with follows from nothing
+    positions = torch.cat([torch.arange(6), torch.arange(10)])[None]
+
+    total, tokens = method.loss(model, {"input_ids": ids, "labels": labels, "position_ids": positions})
+
+    pieces = [slice(0, 6), slice(6, 16)]
+    alone = [method.loss(model, {"input_ids": ids[:, piece], "labels": labels[:, piece]}) for piece in pieces]
+    assert tokens == sum(n for _, n in alone) == 13
+    torch.testing.assert_close(total, sum(loss for loss, _ in alone))
+    whole, _ = method.loss(model, {"input_ids": ids, "labels": labels})
+    assert abs(whole - total) > 1e-3
 
 
 def test_training_learns_and_leaves_the_base_as_it_was(tmp_path: Path) -> None:
@@ -110,7 +129,7 @@ def test_a_halved_micro_batch_is_that_of_the_setting_to_the_bit(tmp_path: Path) 
         out = tmp_path / f"{micro_batch} {halvings}"
         out.mkdir(exist_ok=True)
         model = method.prepare(llama(), Context(CPU, 0))
-        train(method, model, SEQUENCES, out, 0, Engine(CPU, torch.float32, halvings=halvings))
+        train(method, model, DATA, out, 0, Engine(CPU, torch.float32, halvings=halvings))
         return weights(model)
 
     assert torch.equal(trained(4, 1), trained(2, 0))
@@ -128,7 +147,7 @@ def test_a_gradient_is_divided_by_the_tokens_that_the_method_counted(tmp_path: P
 
     method = Watched(steps=1, batch_size=4, micro_batch_size=1)
     model = method.prepare(llama(), Context(CPU))
-    train(method, model, SEQUENCES, tmp_path, 0, Engine(CPU, torch.float32))
+    train(method, model, DATA, tmp_path, 0, Engine(CPU, torch.float32))
 
     fresh = Lora().prepare(llama(), Context(CPU))
     total, tokens = method.loss(fresh, {"input_ids": SEQUENCES[shuffled(6, 4, seed=0)]})
@@ -162,7 +181,9 @@ def test_dropout_is_drawn_from_the_seed(tmp_path: Path) -> None:
 
     def after(seed: int) -> Tensor:
         model = method.prepare(llama(), Context(CPU, seed))
-        train(method, model, SEQUENCES[:1], tmp_path, seed, Engine(CPU, torch.float32))  # one sequence has one order
+        train(
+            method, model, {"input_ids": SEQUENCES[:1]}, tmp_path, seed, Engine(CPU, torch.float32)
+        )  # one sequence has one order
         return weights(model)
 
     assert torch.equal(after(1), after(1))
@@ -206,7 +227,7 @@ def test_hooks_see_gradients_before_and_new_weights_after_the_optimizer(tmp_path
     method = Watched(steps=2, batch_size=2, micro_batch_size=1, warmup=0)
     model = method.prepare(llama(), Context(CPU))
     last = [weights(model)]
-    train(method, model, SEQUENCES, tmp_path, 0, Engine(CPU, torch.float32))
+    train(method, model, DATA, tmp_path, 0, Engine(CPU, torch.float32))
 
     assert events == [("backward", 1, False), ("step", 1, True), ("backward", 2, False), ("step", 2, True)]
 
@@ -228,7 +249,7 @@ def test_a_loss_that_is_no_number_ends_the_task_with_the_weights_before_it(tmp_p
     with pytest.raises(
         TaskError, match=r"lora: the loss is (nan|inf) at step 3 of 4.*Try: a learning_rate below 0\.0002"
     ) as error:
-        train(method, model, SEQUENCES, tmp_path, 0, Engine(CPU, torch.float32))
+        train(method, model, DATA, tmp_path, 0, Engine(CPU, torch.float32))
 
     assert error.value.failure == "nonfinite"
     assert torch.equal(weights(model), calls[4])
@@ -247,7 +268,7 @@ def test_weights_that_the_last_step_spoils_end_the_task_too(tmp_path: Path) -> N
     model = method.prepare(llama(), Context(CPU))
 
     with pytest.raises(TaskError, match="not finite after the last step") as error:
-        train(method, model, SEQUENCES, tmp_path, 0, Engine(CPU, torch.float32))
+        train(method, model, DATA, tmp_path, 0, Engine(CPU, torch.float32))
     assert error.value.failure == "nonfinite"
 
 
@@ -271,7 +292,7 @@ def test_in_bfloat16_the_products_with_the_adapters_are_bfloat16_too(tmp_path: P
     a = model.get_base_model().model.layers[0].mlp.up_proj.lora_A["default"]
     a.register_forward_hook(lambda module, args, output: products.append(output))
 
-    train(method, model, SEQUENCES, tmp_path, 0, Engine(CPU, torch.bfloat16))
+    train(method, model, DATA, tmp_path, 0, Engine(CPU, torch.bfloat16))
 
     assert [product.dtype for product in products] == [torch.bfloat16]
 
@@ -290,7 +311,7 @@ def test_nothing_is_printed_and_nothing_is_left_but_the_curve(tmp_path: Path, ca
     model = method.prepare(llama(), Context(CPU))
     capfd.readouterr()
 
-    train(method, model, SEQUENCES, tmp_path, 0, Engine(CPU, torch.float32))
+    train(method, model, DATA, tmp_path, 0, Engine(CPU, torch.float32))
 
     assert capfd.readouterr().out == ""
     assert [p.name for p in tmp_path.iterdir()] == ["curve.jsonl"]
@@ -365,7 +386,7 @@ def attempt(
 
     model = method.prepare(llama(dtype), Context(CPU, 3))
     try:
-        steps = train(method, model, SEQUENCES, out, 3, Engine(CPU, dtype), progress, checkpoint=checkpoint)
+        steps = train(method, model, DATA, out, 3, Engine(CPU, dtype), progress, checkpoint=checkpoint)
     except Killed:
         return [], model, taken
     return steps, model, taken
@@ -468,7 +489,16 @@ def test_a_short_training_saves_nothing_and_the_interval_decides(
     method = Lora(steps=3)
     model = method.prepare(llama(), Context(CPU))
 
-    train(method, model, SEQUENCES, tmp_path, 0, Engine(CPU, torch.float32), checkpoint=checkpoint, save_every_s=5.0)
+    train(
+        method,
+        model,
+        {"input_ids": SEQUENCES},
+        tmp_path,
+        0,
+        Engine(CPU, torch.float32),
+        checkpoint=checkpoint,
+        save_every_s=5.0,
+    )
 
     assert asked == [5.0, 5.0]  # not after the last step: there is nothing left to lose
     assert checkpoint.latest() is None

@@ -27,13 +27,13 @@ def run(ctx: TaskContext) -> dict[str, Any]:
 
     result: dict[str, Any] = {}
     context = Context(ctx.device, ctx.spec["seed"], report=result.__setitem__)
-    sequences = load_file(ctx.inputs["tokens"] / "tokens.safetensors")["input_ids"]
+    data = load_file(ctx.inputs["tokens"] / "tokens.safetensors")
     model = load_in_memory(ModelArtifact(ctx.inputs["model"], ctx.resolve), DTYPES[dtype])
     model = method.prepare(model, context)
     halvings = ctx.spec.get("where", {}).get("halvings", 0)  # set by the driver when an attempt ran out of GPU memory
     engine = Engine(ctx.device, DTYPES[dtype], halvings=halvings, ranks=Ranks.here())
     live = ctx.progress, ctx.point
-    steps = train(method, model, sequences, ctx.out, ctx.spec["seed"], engine, *live, ctx.checkpoint)
+    steps = train(method, model, data, ctx.out, ctx.spec["seed"], engine, *live, ctx.checkpoint)
     write_formulas(ctx.out, ctx.fingerprint_of["model"], method.finish(model, ctx.out))
 
     quarter = max(1, len(steps) // 4)
@@ -41,5 +41,5 @@ def run(ctx: TaskContext) -> dict[str, Any]:
         "train/loss_first": fmean(step.loss for step in steps[:quarter]),
         "train/loss_last": fmean(step.loss for step in steps[-quarter:]),
         "train/trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "cost/tokens": len(steps) * method.batch_size * sequences.shape[1],
+        "cost/tokens": len(steps) * method.batch_size * data["input_ids"].shape[1],
     }
