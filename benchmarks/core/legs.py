@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.core.inputs import perplexity, place, progress_to_stderr, timed
+from pare.workers.blocks import open_blocks
 from pare.workers.models import ModelArtifact, load_in_memory
 from pare.workers.task import TaskContext
 from pare.workers.tasks import calibrate, compress
@@ -56,6 +57,8 @@ class Workplace:
 
 
 def main(name: str, argument: str, workplace: Workplace) -> dict[str, float]:
+    # For its imports: the peer's libraries are there, too, and its model besides, when the clock starts.
+    open_blocks(ModelArtifact(workplace.model, workplace.resolve), torch.bfloat16)
     legs: dict[str, Callable[[], Path]] = {
         "gptq_sequential": lambda: workplace.sequential("gptq", bits=int(argument), **GRID),
         "gptq_dense": lambda: workplace.dense([int(bits) for bits in argument.split(",")]),

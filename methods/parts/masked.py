@@ -40,9 +40,7 @@ class Kept(Part):
 
     def materialise(self) -> Tensor:
         values = self.values if isinstance(self.values, Tensor) else self.values.materialise().flatten()
-        weight, keep = torch.zeros(self.shape, device=values.device), self.keep()
-        weight[keep] = values.float()
-        return weight
+        return torch.zeros(self.shape, device=values.device).masked_scatter_(self.keep(), values.float())
 
     def nested(self) -> list[Part]:
         return [self.values] if isinstance(self.values, Part) else []
