@@ -8,6 +8,7 @@ finds there with the identity.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -16,6 +17,7 @@ import platform
 import re
 from collections.abc import Mapping
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,16 @@ from pare.workers.model_files import (
     model_files,
     read_config,
 )
-from pare.workers.table import digest_table, row_settings, table_documents, table_files, table_place
+from pare.workers.table import (
+    READERS,
+    ROWS_AT_ONCE,
+    digest_table,
+    row_settings,
+    rows_of,
+    table_documents,
+    table_files,
+    table_place,
+)
 from pare.workers.tiny import llama_shapes, tiny_config, tiny_settings
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -83,19 +94,7 @@ def describe_model(spec: Mapping[str, Any]) -> dict[str, Any]:
     weight once imported), `tied`, `n_blocks`, `width`, `vocab_size`, `license`, `chat_template` (whether the tokenizer has
     one; None: not known here).
     """
-    if spec["source"] == "smollm2":
-        gguf = Gguf(smollm2_file())
-        config: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], **gguf.config()}
-        shapes = {name: gguf.tensors[stored].shape for name, stored in gguf.names.items()}
-    elif spec["source"] == "tiny":
-        config = {"architectures": ["LlamaForCausalLM"], **tiny_config(tiny_settings(spec.get("tiny")))}
-        shapes = llama_shapes(config)
-    else:
-        directory = model_directory(spec)
-        if directory:
-            config, shapes = read_config(directory), directory_shapes(directory)
-        else:
-            config, shapes = hub_description(spec)
+    config, shapes = config_and_shapes(spec)
     text_config = config.get("text_config", config)
     tied = bool(text_config.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
     linears = {name: list(shape) for name, shape in shapes.items() if len(shape) == 2 and IN_BLOCK.search(name)}
@@ -112,6 +111,19 @@ def describe_model(spec: Mapping[str, Any]) -> dict[str, Any]:
         "license": license_of(spec),
         "chat_template": has_chat_template(spec),
     }
+
+
+def config_and_shapes(spec: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """(what config.json says, name of each stored parameter -> shape) of a model."""
+    if spec["source"] == "smollm2":
+        gguf = Gguf(smollm2_file())
+        shapes = {name: gguf.tensors[stored].shape for name, stored in gguf.names.items()}
+        return {"architectures": ["LlamaForCausalLM"], **gguf.config()}, shapes
+    if spec["source"] == "tiny":
+        config = {"architectures": ["LlamaForCausalLM"], **tiny_config(tiny_settings(spec.get("tiny")))}
+        return config, llama_shapes(config)
+    directory = model_directory(spec)
+    return (read_config(directory), directory_shapes(directory)) if directory else hub_description(spec)
 
 
 def has_chat_template(spec: Mapping[str, Any]) -> bool | None:
@@ -227,7 +239,26 @@ def resolve_data(spec: Mapping[str, Any]) -> dict[str, Any]:
         return {"source": "hf", "commit": hub_commit(spec, "dataset"), **column}
     if not path_or_none.is_dir():
         raise SourceError(f"data.path={path_or_none}: no such directory. Give the directory of the data set", "data.path")
+    check_column(path_or_none, spec.get("column") or "text")
     return {"source": "hf", "digest": digest_directory(path_or_none, data_files(path_or_none)), **column}
+
+
+def check_column(directory: Path, column: str) -> None:
+    """Raises `SourceError` where no file of a data set has the column, as far as that is seen from the first rows of its files.
+    What cannot be read here, the package datasets may be able to read."""
+    there: dict[str, None] = {}
+    for file in (directory / name for name in data_files(directory)):
+        if file.suffix.lower() in READERS:
+            with contextlib.suppress(SourceError):
+                for _, row in islice(rows_of(file), ROWS_AT_ONCE):
+                    if column in row:
+                        return
+                    there |= dict.fromkeys(row)
+    if there:
+        raise SourceError(
+            f"data.column={column}: the data set in {directory} has no column of this name. Its columns: {', '.join(there)}",
+            "data.column",
+        )
 
 
 def locate_data(spec: Mapping[str, Any]) -> dict[str, Any]:

@@ -604,7 +604,7 @@ def test_fractions_have_to_be_four_positive_numbers_of_sum_one(fractions: dict[s
 
 def test_the_identity_of_a_local_data_set_is_its_files(tmp_path: Path) -> None:
     spec = {"source": "hf", "path": str(tmp_path), "column": "text", "fractions": FRACTIONS, "seed": 0}
-    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "body": "b"}\n')
     before = resolve_data(spec)
     (tmp_path / "cache-123.arrow").write_text("made by the package datasets")
     os.mkdir(tmp_path / ".git")

@@ -1,4 +1,5 @@
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,82 @@ def test_too_few_tokens_say_how_many_there_are_and_what_to_lower(windows: Callab
     assert "Lower evaluation.windows.sequences or evaluation.windows.length (at most 3 of length 64)" in str(caught.value)
     with pytest.raises(TaskError, match=r"Lower data.calibration.sequences or data.calibration.length"):
         windows(tmp_path, role="calibration")
+
+
+def test_rows_of_concatenated_documents_have_no_other_columns(
+    run_task: Run, tiny_model_dir: Path, tiny_corpus_dir: Path
+) -> None:
+    spec = {"role": "train", "sequences": 4, "length": 64, "seed": 0}
+    out, result = run_task(tokens, spec, model=tiny_model_dir, corpus=tiny_corpus_dir)
+    same, _ = run_task(
+        tokens, {**spec, "packing": "concatenated", "predict": "all"}, model=tiny_model_dir, corpus=tiny_corpus_dir
+    )
+
+    assert load_file(out / "tokens.safetensors").keys() == {"input_ids"}
+    assert (out / "tokens.safetensors").read_bytes() == (same / "tokens.safetensors").read_bytes()
+    assert result.keys() == {"tokens", "documents", "characters"}
+
+
+@pytest.mark.parametrize("packing", ["separate", "padded"])
+def test_documents_that_share_a_row_stand_apart_and_each_whole_one_is_found_again(
+    packing: str, run_task: Run, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    documents = [Document(f"{i}", chr(97 + i % 26) * (5 + i % 30)) for i in range(120)]
+    write_split(tmp_path, "train", documents)
+    spec = {"role": "train", "sequences": 12, "length": 40, "seed": 0, "packing": packing}
+    out, result = run_task(tokens, spec, model=tiny_model_dir, corpus=tmp_path)
+    columns = load_file(out / "tokens.safetensors")
+
+    ids, labels = columns["input_ids"], columns["labels"]
+    assert columns.keys() == {"input_ids", "labels"} | ({"position_ids"} if packing == "separate" else set())
+    assert ids.shape == labels.shape == (12, 40)
+    predicted = labels >= 0
+    assert torch.equal(labels[predicted], ids[predicted])
+    assert result["predicted"] == predicted.sum() < result["tokens"] == ids.numel()
+    texts = {d.text for d in documents}
+    for row, said in zip(ids.tolist(), predicted.tolist(), strict=True):
+        pieces = [piece for piece in load_tokenizer(tiny_model_dir).decode(row).split("<|end|>") if piece]
+        ends_behind = next(n for n, i in enumerate(reversed(row)) if i != END)
+        assert set(pieces) <= texts
+        assert said.count(False) == len(pieces) + ends_behind - 1, "what each begins with, and what fills the row"
+    if packing == "separate":
+        begins = columns["position_ids"] == 0
+        assert not predicted[begins].any()
+        assert begins.sum() > 12
+
+
+def test_too_few_rows_are_told_as_for_windows_and_what_was_left_out_besides(
+    run_task: Run, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    write_split(tmp_path, "test", [Document("a", "x" * 10), Document("b", "y" * 6), Document("c", "")])
+    spec = {"role": "test", "sequences": 4, "length": 8, "seed": 0, "packing": "padded"}
+
+    with pytest.raises(TaskError, match=r"its 3 documents have only 18 besides 1 in passages .* \(at most 3 of length 8\)"):
+        run_task(tokens, spec, model=tiny_model_dir, corpus=tmp_path)
+
+
+@pytest.mark.parametrize("packing", ["concatenated", "separate", "padded"])
+def test_of_conversations_only_the_assistant_is_learnt_and_every_row_learns_something(
+    packing: str, run_task: Run, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    turns = [("user", "q" * 30), ("assistant", "answer"), ("user", "q" * 100), ("assistant", "yes")]
+    messages = tuple({"role": role, "content": content} for role, content in turns)
+    write_split(tmp_path, "train", [Document(f"{i}", "x", messages=messages[: 2 + 2 * (i % 2)]) for i in range(80)])
+    spec = {"role": "train", "sequences": 20, "length": 64, "seed": 0, "packing": packing, "predict": "assistant"}
+    out, result = run_task(tokens, spec, model=model, corpus=tmp_path)
+
+    labels = load_file(out / "tokens.safetensors")["labels"]
+    learnt = labels[labels >= 0].tolist()
+    assert set(load_tokenizer(model).decode(learnt).split("<|end|>")) <= {"answer", "yes", ""} or packing == "concatenated"
+    assert set(learnt) == {*b"answeryes", END}
+    assert bool((labels[:, 1:] >= 0).any(dim=1).all())
+    assert result["predicted"] == (labels[:, 1:] >= 0).sum()
+    assert result["left_out"] > 0
 
 
 @pytest.mark.parametrize(

@@ -1,36 +1,39 @@
-"""Tokens for one role: documents of its split in random order, each ended by the end-of-text token, cut into windows.
+"""Tokens for one role: documents of its split in random order, each ended by the end-of-text token, as rows of one length.
 A chat is first rendered by the model's chat template.
 
-spec: `role` (calibration, train, validation, selection or test), `sequences`, `length`, `seed` (of the order).
-inputs: `model` (its tokenizer), `corpus`. Writes `tokens.safetensors` with `input_ids` (sequences, length) int64.
-Result: `tokens`, `documents` (that the windows were cut from), `characters` (of their text).
+spec: `role` (calibration, train, validation, selection or test), `sequences`, `length`, `seed` (of the order); `packing`
+(default "concatenated", see `pare.workers.rows`) and `predict` (default "all", see `pare.workers.chat.read`).
+inputs: `model` (its tokenizer), `corpus`. Writes `tokens.safetensors` with `input_ids` (sequences, length) int64, and where
+not all of them are predicted from all before them the columns `labels` and `position_ids` of `TrainMethod.loss`.
+Result: `tokens`, `documents` (that were read for them), `characters` (of their text); with labels `predicted` (tokens) and
+`left_out` (passages without any to predict).
 
-Windows follow one another without overlap. Calibration and train share the train split, and no document: a hash of
-the document's id, on which no seed has a say, gives `CALIBRATION_SHARE` of the documents to calibration.
+Calibration and train share the train split, and no document: a hash of the document's id, on which no seed has a say,
+gives `CALIBRATION_SHARE` of the documents to calibration.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
-from pare.workers.corpus import NO_TEMPLATE, Document, position, read_split
+from pare.workers.chat import read
+from pare.workers.corpus import Document, position, read_split
 from pare.workers.models import load_tokenizer
+from pare.workers.rows import CUT, Passage, columns_of, fill
 from pare.workers.task import TaskContext, TaskError
 
 ROLES = ("calibration", "train", "validation", "selection", "test")
 CALIBRATION_SHARE = 0.2
 """Part of the documents of the train split that is kept for calibration."""
 
-TEMPLATE_DATE = "26 Jul 2024"
-"""The day that templates of the Llama family write into the system prompt; left to itself each run would have another one."""
-
 
 def run(ctx: TaskContext) -> dict[str, Any]:
     role, sequences, length = ctx.spec["role"], ctx.spec["sequences"], ctx.spec["length"]
+    packing, predict = ctx.spec.get("packing", "concatenated"), ctx.spec.get("predict", "all")
     if role not in ROLES:
         raise TaskError(f"tokens: role must be one of {', '.join(ROLES)}, got {role!r}")
     if sequences < 1 or length < 2:
@@ -41,42 +44,33 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     documents = documents_of(role, read_split(ctx.inputs["corpus"], "train" if role == "calibration" else role))
     random.Random(ctx.spec["seed"]).shuffle(documents)
     wanted = sequences * length
-    ids: list[int] = []
-    used = characters = 0
-    for document in documents:
-        if len(ids) >= wanted:
-            break
-        own = tokenizer(text_of(document, tokenizer), add_special_tokens=False, verbose=False).input_ids
-        ids += own if own[-1:] == [tokenizer.eos_token_id] else [*own, tokenizer.eos_token_id]
-        used, characters = used + 1, characters + len(document.text)
-        ctx.progress(min(len(ids), wanted), wanted, "tokens")
-    if len(ids) < wanted:
+    used = characters = tokens = 0
+
+    def passages() -> Iterator[Passage]:
+        nonlocal used, characters, tokens
+        for document in documents:
+            passage = read(document, tokenizer, predict)
+            used, characters, tokens = used + 1, characters + len(document.text), tokens + len(passage.ids)
+            yield passage
+            ctx.progress(min(tokens, wanted), wanted, "tokens")
+
+    rows, left_out = fill(CUT[packing](passages(), length), sequences, length, share=packing == "separate")
+    if len(rows) < sequences:
+        useless = sum(len(passage.ids) for passage in left_out)
+        besides = f" besides {useless} in passages without any to predict" if useless else ""
         raise TaskError(
             f"tokens, role {role}: {sequences} sequences of {length} are {wanted} tokens, but its {len(documents)} documents "
-            f"have only {len(ids)}. Lower {settings_of(role)} (at most {len(ids) // length} of length {length}), "
+            f"have only {tokens - useless}{besides}. Lower {settings_of(role)} (at most {len(rows)} of length {length}), "
             "or use a longer text"
         )
-    save_file({"input_ids": torch.tensor(ids[:wanted]).view(sequences, length)}, ctx.out / "tokens.safetensors")
-    return {"tokens": wanted, "documents": used, "characters": characters}
-
-
-def text_of(document: Document, tokenizer: Any) -> str:
-    """What the model reads of a document: its text; of a chat what the model's chat template makes of the messages."""
-    if not document.messages:
-        return document.text
-    if tokenizer.chat_template is None:
-        raise TaskError(NO_TEMPLATE)
-    from jinja2.exceptions import TemplateError
-
-    try:
-        text = tokenizer.apply_chat_template(list(document.messages), tokenize=False, date_string=TEMPLATE_DATE)
-    except TemplateError as e:
-        roles = ", ".join(message["role"] for message in document.messages)
-        raise TaskError(
-            f"the model's chat template refuses the conversation {document.id} (roles: {roles}): {e}. Change or drop such "
-            "conversations, or name the roles as the template does"
-        ) from e
-    return str(text).rstrip()
+    columns = columns_of(rows, length, tokenizer.eos_token_id, positions=packing == "separate")
+    result = {"tokens": wanted, "documents": used, "characters": characters}
+    if packing == "concatenated" and predict == "all":
+        columns = {"input_ids": columns["input_ids"]}
+    else:
+        result |= {"predicted": sum(p.predicts for row in rows for p in row), "left_out": len(left_out)}
+    save_file(columns, ctx.out / "tokens.safetensors")
+    return result
 
 
 def documents_of(role: str, documents: list[Document]) -> list[Document]:
