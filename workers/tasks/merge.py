@@ -6,27 +6,30 @@ spec: `method`, `settings`, `seed` (where the method draws random numbers), `dty
 selection score of each member, in the same order. A selection score is log(`quality/ppl`) of a task `score` on the selection
 windows; what is tried here is scored by the same code, so that the two may be compared.
 
-Writes formulas on the nearest artifact that all members stand on; `soup.json`: members, weights, what was tried and what was
-kept; and where all members are adapters, the one adapter that they add up to.
+Writes formulas on the nearest artifact that all members stand on, each weight as it is made; `soup.json`: members, weights, on
+which split they were chosen, what was tried and what was kept; and where all members are adapters and the result is one, that
+adapter. A dense weight is stored in the base's dtype, and scored as it is stored.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pare.methods.anatomy.views import weight_of
-from pare.methods.contract import Context, Member, MergeMethod, load_all
+from pare.methods.anatomy.views import parse, view, weight_of
+from pare.methods.contract import Candidate, Context, Member, MergeMethod, load_all
+from pare.methods.ops.adapters import write_adapter
+from pare.methods.ops.losses import next_token_loss_
 from pare.methods.parts.codes import Codes
-from pare.methods.parts.formula import Formula, LowRank
+from pare.methods.parts.formula import Dense, Formula, LowRank
+from pare.methods.settings import SettingsError
 from pare.workers import evaluation
-from pare.workers.export.adapter import write_adapter
-from pare.workers.models import ModelArtifact, load_in_memory, load_skeleton, write_formulas
+from pare.workers.models import FormulaWriter, ModelArtifact, as_written, load_in_memory, load_skeleton
 from pare.workers.task import TaskContext, TaskError
 
 Lineage = dict[str, ModelArtifact]
@@ -42,36 +45,62 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     fingerprint = common_base(list(lineages.values()))
     levels = {name: above(lineage, fingerprint) for name, lineage in lineages.items()}
     base = next(iter(lineages.values()))[fingerprint]
+    try:
+        method.check_members(list(said))
+    except SettingsError as e:
+        raise TaskError(f"{e}: {', '.join(said)}") from e
 
     result: dict[str, Any] = {}
     context = Context(ctx.device, ctx.spec.get("seed", 0), result.__setitem__)
-    evaluator = Evaluator(ctx, base, most=len(said) - 1)
+    evaluator = Candidates(ctx, base, most=method.questions(len(said)))
     members = [open_member(name, score, levels[name]) for name, score in said.items()]
     merged = method.merge(members, base.materialise, evaluator, context)
     if not math.isfinite(merged.score):
         raise TaskError(f"what {method.name} made gives a token of the selection windows no finite likelihood", "nonfinite")
     evaluator.model = None  # its room is needed for the result
 
-    formulas = dict(merged.formulas)
-    write_formulas(ctx.out, fingerprint, formulas)
-    if all((own[0].directory / "adapter").is_dir() for own in levels.values() if own) and (summed := updates(formulas)):
-        write_adapter(summed, load_skeleton(base.dense.directory), ctx.out / "adapter")
+    writer, updates = FormulaWriter(ctx.out), dict[str, LowRank]()
+    is_adapter = all((own[0].directory / "adapter").is_dir() for own in levels.values() if own)
+    for name, made in merged.formulas:
+        formula = as_stored(base, name, made)
+        writer.add(*as_written({name: formula}, {}))
+        found = update_of(formula) if is_adapter else None
+        is_adapter = found is not None
+        if found:
+            updates[name] = found[0]
+    writer.close(fingerprint)
+    if is_adapter and updates:
+        write_adapter(updates, load_skeleton(base.dense.directory), ctx.out / "adapter")
+    n, length = evaluator.windows.shape
     soup = {
         "method": method.name,
         "settings": ctx.spec["settings"],
         "members": [{"name": name, "score": said[name], "weight": weight} for name, weight in merged.weights.items()],
+        "best_member": min(said, key=lambda name: (said[name], name)),
         "selection_nll": merged.score,
+        "chosen_by": {"split": "selection", "windows": n, "length": length},
         "decisions": merged.decisions,
     }
     (ctx.out / "soup.json").write_text(json.dumps(soup, indent=1, allow_nan=False) + "\n")
+    chosen = f"{len(merged.weights)} of {len(members)} members went into {method.name}, judged on the"
     return result | {
         "merge/members": len(members),
         "merge/accepted": len(merged.weights),
         "merge/evaluations": evaluator.asked,
         "merge/selection_nll": merged.score,
         "merge/best_member_nll": min(said.values()),
+        "merge/bytes": sum(file.stat().st_size for file in ctx.out.glob("weights*.safetensors")),
         "cost/tokens": evaluator.asked * evaluator.windows.numel(),
+        "notes": [f"{chosen} selection split ({n} windows of {length} tokens); the test split chose nothing"],
     }
+
+
+def as_stored(base: ModelArtifact, name: str, formula: Formula) -> Formula:
+    """The formula with a dense weight cast to the dtype in which the base stores it, as every export has it."""
+    match formula.op, formula.parts:
+        case "replace", [Dense() as part]:
+            return Formula([Dense(part.weight.to(base.stored(name).dtype))])
+    return formula
 
 
 def lineage(ctx: TaskContext, role: str, name: str) -> Lineage:
@@ -147,24 +176,20 @@ def relative(levels: Sequence[ModelArtifact], weight: str) -> Formula | None:
     return whole
 
 
-def updates(formulas: Mapping[str, Formula]) -> dict[str, LowRank]:
-    """Parameter name -> the update that an adapter would hold of it; nothing where an adapter cannot say it all."""
-    found: dict[str, LowRank] = {}
-    for name, formula in formulas.items():
-        match formula.op, formula.parts:
-            case ("add", [LowRank() as update]) | ("replace", [Codes(), LowRank() as update]):
-                found[name] = update
-            case ("replace", [Codes()]):
-                pass
-            case _:
-                return {}
-    return found
+def update_of(formula: Formula) -> list[LowRank] | None:
+    """The update that an adapter would hold of the weight, if any; None where an adapter cannot say it."""
+    match formula.op, formula.parts:
+        case ("add", [LowRank() as update]) | ("replace", [Codes(), LowRank() as update]):
+            return [update]
+        case ("replace", [Codes()]):
+            return []
+    return None
 
 
-class Evaluator:
+class Candidates:
     """Scores candidates on the selection windows, all in one copy of the base whose weights are changed in place.
 
-    Scores are kept in the task's checkpoint. A resumed merge asks the same questions anew and is told what is known.
+    Answers are kept in the task's checkpoint. A resumed merge asks the same questions anew and is told what is known.
     """
 
     def __init__(self, ctx: TaskContext, base: ModelArtifact, most: int) -> None:
@@ -172,30 +197,38 @@ class Evaluator:
         self.ctx, self.base, self.most = ctx, base, most
         self.windows = evaluation.read_windows(ctx.inputs["tokens"])
         self.model: nn.Module | None = None
-        self.scores: list[float] = (ctx.checkpoint.latest() or {"scores": []})["scores"]
+        self.answers: list[tuple[float, dict[str, list[float]]]] = (ctx.checkpoint.latest() or {"answers": []})["answers"]
         self.asked = 0
         self.changed: set[str] = set()
 
-    def __call__(self, candidate: Iterable[tuple[str, Formula]]) -> float:
-        """Names and formulas relative to the base -> mean next-token loss, nats; infinite where it is no number."""
+    def __call__(self, candidate: Candidate) -> float:
+        return self.answer(lambda: (self.measure(candidate), {}))[0]
+
+    def slopes(self, candidate: Candidate, along: Callable[[str, Tensor], list[float]]) -> tuple[float, dict[str, list[float]]]:
+        return self.answer(lambda: self.differentiate(candidate, along))
+
+    def answer(self, find: Callable[[], tuple[float, dict[str, list[float]]]]) -> tuple[float, dict[str, list[float]]]:
+        """What is known of the next question, else what `find` finds out."""
         self.asked += 1
-        if self.asked > len(self.scores):
-            score = self.measure(candidate)
-            self.scores.append(score)
-            self.ctx.checkpoint.save({"scores": self.scores})
+        if self.asked > len(self.answers):
+            score, slopes = find()
+            self.answers.append((score, slopes))
+            self.ctx.checkpoint.save({"answers": self.answers})
             if math.isfinite(score):
                 self.ctx.point(self.asked, {"merge/candidate_nll": score})
         self.ctx.progress(self.asked, self.most, "evaluations")
-        return self.scores[self.asked - 1]
+        return self.answers[self.asked - 1]
 
     @torch.no_grad()
-    def measure(self, candidate: Iterable[tuple[str, Formula]]) -> float:
+    def put_in_place(self, candidate: Candidate) -> tuple[nn.Module, list[str]]:
+        """(the model of a candidate, its names)."""
         device = self.ctx.device
         if self.model is None:
             self.model = load_in_memory(self.base, getattr(torch, self.ctx.spec["dtype"]), device)
         left = self.changed
         self.changed = set()
-        for name, formula in candidate:
+        for name, made in candidate:
+            formula = as_stored(self.base, name, made)
             weight = formula.to(device).materialise()
             if formula.op == "add":
                 weight = weight + self.base.materialise(name).to(device)
@@ -204,8 +237,12 @@ class Evaluator:
             self.changed.add(name)
         for name in sorted(left - self.changed):
             weight_of(self.model, name).copy_(self.base.materialise(name))
+        return self.model, sorted(self.changed)
+
+    def measure(self, candidate: Candidate) -> float:
+        model, _ = self.put_in_place(candidate)
         try:
-            predictions, _ = evaluation.predict(self.model, self.windows)
+            predictions, _ = evaluation.predict(model, self.windows)
             # By way of the perplexity, as the members' scores come, so that equal models have equal scores.
             return math.log(evaluation.summary(predictions)["quality/ppl"])
         except OverflowError:  # a perplexity beyond all floats
@@ -214,3 +251,24 @@ class Evaluator:
             if e.failure != "nonfinite":
                 raise
             return math.inf
+
+    def differentiate(
+        self, candidate: Candidate, along: Callable[[str, Tensor], list[float]]
+    ) -> tuple[float, dict[str, list[float]]]:
+        """Gradients of all changed weights are summed up over the windows, one window in memory at a time."""
+        model, names = self.put_in_place(candidate)
+        model.requires_grad_(False)
+        parameters = {name: model.get_parameter(parse(name).parameter).requires_grad_() for name in names}
+        tokens, loss = self.windows.shape[0] * (self.windows.shape[1] - 1), 0.0
+        with torch.enable_grad():
+            for window in self.windows.to(self.ctx.device).split(1):
+                total, _ = next_token_loss_(model(input_ids=window, use_cache=False).logits, window)
+                if total.requires_grad:
+                    (total / tokens).backward()
+                loss += total.item() / tokens
+        slopes = {}
+        for name, parameter in parameters.items() if math.isfinite(loss) else ():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            slopes[name] = along(name, torch.atleast_2d(view(gradient, name)).float())
+        model.requires_grad_(False).zero_grad(set_to_none=True)
+        return (loss, slopes) if math.isfinite(loss) else (math.inf, {})
