@@ -25,6 +25,8 @@ from pare.methods.parts.formula import Formula
 @method("lora", source="Hu et al. (2021), LoRA, arXiv:2106.09685, eq. 3")
 @dataclass
 class Lora(TrainMethod, LoraFields):
+    shards = "zero3"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_adapter()

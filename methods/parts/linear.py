@@ -1,10 +1,12 @@
-"""A linear layer that runs a formula, and trains what there is in it to train."""
+"""Linear layers that run a formula: one that trains what there is in it to train, and one that is frozen and small."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pare.methods.parts.formula import Dense, Formula
 
@@ -82,3 +84,35 @@ class FormulaLinear(nn.Module):
     def extra_repr(self) -> str:
         kinds = " + ".join(part["kind"] for part in self.spec["parts"])
         return f"in_features={self.in_features}, out_features={self.out_features}, {kinds}, bias={self.bias is not None}"
+
+
+class FrozenLinear(nn.Linear):
+    """y = formula(x) + bias, for a linear beside which something else is trained, such as an adapter.
+
+    To whoever looks at it, it is a linear: its `weight` is worked out anew whenever it is asked for. What is in memory is the
+    formula; a pass works the weight out, and the backward pass does so again instead of keeping it.
+    """
+
+    def __init__(self, formula: Formula, bias: Tensor | None, dtype: torch.dtype) -> None:
+        """dtype: of `weight`. A pass is in the dtype of its input."""
+        nn.Module.__init__(self)  # not nn.Linear's, which makes a weight
+        self.out_features, self.in_features = formula.shape
+        self.dtype = dtype
+        self.held = FormulaLinear(formula, bias).requires_grad_(False)
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in), in `dtype`, without the rounding of inputs that there may be."""
+        return self.held.formula().materialise().to(self.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.held.bias
+
+    def formula(self) -> Formula:
+        return self.held.formula()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.held(x)
+        return checkpoint(self.held, x, use_reentrant=False, preserve_rng_state=False)

@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pare.methods.ops.adapters import BASE_PATH, peft_targets, write_adapter_config
+from pare.methods.ops.adapters import BASE_PATH, write_adapter, write_adapter_config
 from pare.methods.ops.bnb4bit import checkpoint_config, checkpoint_tensors, settle
 from pare.methods.parts.codes import Codes
 from pare.methods.parts.formula import Formula, LowRank
@@ -160,42 +157,6 @@ def export_terms(artifact: ModelArtifact, out: Path) -> Written:
     write_adapter(terms, load_skeleton(artifact.dense.directory), out)
     how = export_compressed_tensors(base, out / BASE_PATH, found)
     return Written("transformers + peft + compressed-tensors" + SUFFIX[how], how, is_compressed=True)
-
-
-def write_adapter(updates: Mapping[str, LowRank], model: nn.Module, directory: Path) -> None:
-    """Writes low-rank updates as a PEFT adapter. Each keeps its own rank and scale, which peft makes of alpha / rank.
-
-    updates: parameter name in `model` -> its update. model: the base, of which only the names of the modules are read.
-    """
-    from peft import LoraConfig
-
-    modules = {name.removesuffix(".weight"): update for name, update in updates.items()}
-    ranks = {name: update.a.shape[0] for name, update in modules.items()}
-    alphas = {name: whole(update.scale * ranks[name]) for name, update in modules.items()}
-    rank, alpha = Counter(zip(ranks.values(), alphas.values(), strict=True)).most_common(1)[0][0]
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        target_modules=peft_targets(model, list(modules)),
-        rank_pattern={re.escape(name): own for name, own in ranks.items() if own != rank},
-        alpha_pattern={re.escape(name): own for name, own in alphas.items() if own != alpha},
-        task_type="CAUSAL_LM",
-        inference_mode=True,
-    )
-    directory.mkdir(exist_ok=True)
-    config.save_pretrained(directory)
-    write_adapter_config(directory, BASE_PATH)
-    tensors = {
-        f"base_model.model.{name}.lora_{side}.weight": tensor.contiguous()
-        for name, update in modules.items()
-        for side, tensor in (("A", update.a), ("B", update.b))
-    }
-    save_file(tensors, directory / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def whole(number: float) -> int | float:
-    """The number as an integer where it is one, which is how peft writes the alpha of a plain adapter."""
-    return int(number) if number == int(number) else number
 
 
 def link_or_copy(source: Path, target: Path) -> None:

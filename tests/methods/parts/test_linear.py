@@ -7,7 +7,7 @@ from torch import nn
 from pare.methods.ops.float_grids import FloatGrid
 from pare.methods.ops.grids import IntegerGrid
 from pare.methods.parts.formula import Dense, Formula, LowRank
-from pare.methods.parts.linear import FormulaLinear
+from pare.methods.parts.linear import FormulaLinear, FrozenLinear
 from pare.methods.parts.references import Reference
 from pare.methods.parts.transforms import Diagonal, Hadamard
 
@@ -105,3 +105,39 @@ def test_layers_that_share_a_weight_train_it_together() -> None:
     with torch.no_grad():
         shared.get_parameter("0.weight").mul_(2)
     assert not torch.equal(other(normal(3, 8)), before)
+
+
+def frozen(dtype: torch.dtype = torch.float32) -> tuple[FrozenLinear, nn.Linear]:
+    """A frozen linear, and the dense one that it stands for."""
+    formula, bias = stacked(), normal(12, seed=4)
+    dense = nn.Linear(32, 12)
+    dense.weight, dense.bias = nn.Parameter(formula.materialise()), nn.Parameter(bias)
+    return FrozenLinear(formula, bias, dtype), dense
+
+
+def test_a_frozen_linear_is_the_dense_one_in_values_and_gradients() -> None:
+    layer, dense = frozen()
+    x = normal(3, 5, 32).requires_grad_()
+    ours, theirs = layer(x), dense(x)
+    torch.testing.assert_close(ours, theirs)
+    grad = normal(3, 5, 12, seed=8)
+    torch.testing.assert_close(torch.autograd.grad(ours, x, grad)[0], torch.autograd.grad(theirs, x, grad)[0])
+    assert isinstance(layer, nn.Linear)
+    assert torch.equal(layer.weight, dense.weight)
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert frozen(torch.bfloat16)[0].weight.dtype == torch.bfloat16
+
+
+def test_a_frozen_linear_keeps_no_dense_weight_for_the_backward_pass() -> None:
+    layer, dense = frozen()
+    x = normal(2, 32).requires_grad_()
+
+    def kept(module: nn.Module) -> set[tuple[int, ...]]:
+        shapes: set[tuple[int, ...]] = set()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.add(tuple(t.shape)) or t, lambda t: t):
+            module(x)
+        return shapes
+
+    transposed = {(12, 32), (32, 12)}
+    assert kept(dense) & transposed
+    assert not kept(layer) & transposed
