@@ -84,7 +84,7 @@ def compressed(name: str, of: InputGroup) -> dict[str, Formula]:
 def test_all_kinds_are_there() -> None:
     assert {"rtn", "gptq"} <= set(LAYER)
     assert {"lora", "qlora"} <= set(TRAIN)
-    assert {"model_soups"} <= set(MERGE)
+    assert {"model_soups", "ties", "slerp", "evolved"} <= set(MERGE)
     assert {"evopress", "ilp"} <= set(ALLOCATE)
 
 
@@ -197,7 +197,9 @@ def merged(name: str, of: dict[str, dict[str, Formula]], order: Iterable[str]) -
     def evaluate(candidate: Iterable[tuple[str, Formula]]) -> float:
         return 1.5 + sum(formula.materialise().norm().item() for _, formula in candidate) / 100
 
-    given = [Member(member, scores[member], list(of[member]), of[member].get) for member in order]
+    most = cls.takes[1] or len(of)
+    chosen = [member for member in order if member in sorted(of)[:most]]
+    given = [Member(member, scores[member], list(of[member]), of[member].get) for member in chosen]
     answer: Merged = cls().merge(given, BASE.__getitem__, evaluate, Context(torch.device("cpu"), seed=3))
     return answer, dict(answer.formulas)
 

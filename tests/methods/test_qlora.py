@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from pare.methods.contract import Context
+from pare.methods.finetune.lora import Lora
 from pare.methods.finetune.qlora import Qlora
 from pare.methods.ops.bnb4bit import codes_of, quantise_linear
 from pare.methods.parts.codes import Codes
@@ -266,3 +268,58 @@ def test_a_missing_library_names_the_extra_to_install(monkeypatch: pytest.Monkey
 
     with pytest.raises(ImportError, match=r"pip install 'pare-lm\[qlora\]'"):
         Qlora().prepare(llama(), CONTEXT)
+
+
+def errors(method: Qlora) -> Tensor:
+    """Of each weight: how far what stands at the start is from it."""
+    dense = dict(llama().named_parameters())
+    found = {name: formula.materialise() for name, formula in finished(method).items()}
+    return torch.stack([(found[name] - dense[name].detach()).norm() for name in found])
+
+
+def finished(method: Qlora) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        return method.finish(method.prepare(llama(), CONTEXT), Path(directory))
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_loftq_starts_nearer_to_the_weights_with_every_step(quant_type: str) -> None:
+    plain = errors(Qlora(quant_type=quant_type))
+    once, often = (errors(Qlora(quant_type=quant_type, init="loftq", loftq_steps=n)) for n in (1, 5))
+
+    assert (once < 0.9 * plain).all()
+    assert (often < once).sum() >= 12
+    assert often.sum() < 0.97 * once.sum()
+
+
+def test_the_first_step_of_loftq_leaves_the_codes_and_answers_with_the_best_of_its_rank() -> None:
+    plain, once = finished(Qlora(rank=4)), finished(Qlora(rank=4, init="loftq"))
+    dense = dict(llama().named_parameters())
+
+    for name, formula in once.items():
+        codes, update = formula.parts
+        assert torch.equal(codes.materialise(), plain[name].parts[0].materialise()), name
+        left = dense[name].detach() - codes.materialise()
+        rest = torch.linalg.svdvals(left)[4:].norm()
+        assert (left - update.materialise()).norm() == pytest.approx(rest.item(), rel=1e-4), name
+        assert torch.linalg.matrix_rank(update.materialise(), rtol=1e-4) == 4
+
+
+def test_the_start_of_loftq_does_not_depend_on_the_scale() -> None:
+    one, other = (
+        finished(Qlora(rank=4, init="loftq", alpha=alpha, rslora=scaled)) for alpha, scaled in ((4, False), (32, True))
+    )
+
+    for name, formula in one.items():
+        assert torch.allclose(formula.materialise(), other[name].materialise(), atol=1e-6), name
+
+
+def test_loftq_is_for_the_targets_alone_and_for_codes_alone() -> None:
+    method = Qlora(init="loftq", targets="q_v")
+    started = [n for n, p in method.prepare(llama(), CONTEXT).named_parameters() if "lora_B" in n and p.any()]
+
+    assert len(started) == 4
+    with pytest.raises(SettingsError, match=r"lora\.init must be one of default, gaussian, got 'loftq'"):
+        Lora(init="loftq")
+    with pytest.raises(SettingsError, match=r"qlora\.loftq_steps must be in \[1"):
+        Qlora(loftq_steps=0)
