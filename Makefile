@@ -16,7 +16,7 @@ ROOMS := conf methods orchestrator tracking workers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-ui test-gpu bench-orchestration bench-slots bench-core lint format ui lock clean
+.PHONY: help setup demo test test-slow test-ui test-gpu bench-orchestration bench-slots bench-core bench-tuning lint format ui lock clean
 
 help:  ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench-orchestration: $(RUN) $(PEERS)/.done  ## what Pare itself takes, beside Ra
 bench-core: $(RUN) $(CORE_PEERS)/.done  ## compression of a real model, beside llm-compressor (about 45 minutes)
 	$(BIN)/python -m benchmarks.core --peers $(CORE_PEERS)/bin/python
 
+bench-tuning: $(RUN)  ## training of a real model beside a bare Hugging Face script; soups and healing (about 2 hours)
+	$(BIN)/python -m benchmarks.tuning
+
 bench-slots: $(RUN)  ## where the slot time of the latest sweep went (after make demo)
 	$(BIN)/python -m benchmarks.slots
 
@@ -68,8 +71,8 @@ lock: ## resolve the lock files anew in a throw-away environment
 	$(PYTHON) -m venv .lock-venv
 	.lock-venv/bin/pip install -q --upgrade pip
 	$(call install_torch,.lock-venv/bin/pip)
-	.lock-venv/bin/pip install -q ".[qlora]" && .lock-venv/bin/pip freeze --exclude pare-lm --exclude torch > requirements.lock
-	.lock-venv/bin/pip install -q ".[qlora,dev,ui-test]" && .lock-venv/bin/pip freeze --exclude pare-lm --exclude torch > requirements-dev.lock
+	.lock-venv/bin/pip install -q ".[qlora,deepspeed]" && .lock-venv/bin/pip freeze --exclude pare-lm --exclude torch > requirements.lock
+	.lock-venv/bin/pip install -q ".[qlora,deepspeed,dev,ui-test]" && .lock-venv/bin/pip freeze --exclude pare-lm --exclude torch > requirements-dev.lock
 	rm -rf .lock-venv
 
 clean:  ## remove the environment and caches (results in .pare stay)

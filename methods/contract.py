@@ -26,16 +26,17 @@ import inspect
 import itertools
 import pkgutil
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pare.methods.anatomy.describe import Fold
 from pare.methods.ops.gradients import GradientStatistic
+from pare.methods.ops.heads import Head
 from pare.methods.ops.losses import next_token_loss_
 from pare.methods.ops.statistics import Statistic
 from pare.methods.parts.formula import Formula
@@ -46,6 +47,20 @@ METHODS: dict[str, type[Method]] = {}
 
 NOT_METHODS = ("parts", "anatomy", "ops", "contract", "settings")
 """Names beneath `pare.methods` that hold what methods are made of."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A model whose outputs on the training data are known beforehand: they are a column of that data."""
+
+    column: str
+    """Name of the column: the teacher's final hidden states (n, length, width) on the same tokens."""
+
+    head: Head
+    """From these to its logits over the student's vocabulary, on the device."""
+
+    weight: float = 1.0
+    """Its share in the loss; those of all teachers sum to 1."""
 
 
 @dataclass
@@ -60,6 +75,16 @@ class Context:
 
     report: Callable[[str, float], None] = lambda name, value: None
     """Writes a named number down with the result, e.g. `report("gptq/fallbacks", 0)`. Numbers of one name are added up."""
+
+    formulas: Mapping[str, Formula] = field(default_factory=dict)
+    """For a method of kind train: name of a weight -> what it is made of before this stage, in the dtypes in which it is
+    stored; a plain dense weight where nothing has been done to it. Read anew at each look."""
+
+    teachers: Sequence[Teacher] = ()
+    """For a method that `has_teachers`: those that it learns from, at least one."""
+
+    data: Mapping[str, Tensor] = field(default_factory=dict)
+    """Columns of the training data, as `TrainMethod.loss` takes rows of them, for a start that looks at some of it."""
 
     def generator(self) -> torch.Generator:
         """A fresh CPU generator, seeded with `seed`."""
@@ -152,6 +177,10 @@ class TrainMethod(Method):
     kind: ClassVar[str] = "train"
     shards: ClassVar[str] = "data"
     """How far the method may be spread: "none", "data" (replicas, ZeRO-1 and 2) or "zero3"."""
+    keeps_formulas: ClassVar[bool] = False
+    """Whether linears that earlier stages have compressed come to `prepare` as `methods.parts.linear.FrozenLinear`."""
+    has_teachers: ClassVar[bool] = False
+    """Whether it learns from other models: its stage then names them, by default the base model alone."""
     draws_random_numbers: ClassVar[bool] = True
 
     steps: int = 100
@@ -179,7 +208,11 @@ class TrainMethod(Method):
     """Gradients are scaled down to this norm, > 0."""
 
     optimizer: str = "adamw_torch"
-    """Optimizer by its name in Hugging Face `TrainingArguments.optim`."""
+    """Optimizer by its name in Hugging Face `TrainingArguments.optim`, e.g. "adamw_8bit", whose state takes 2 bytes a trained
+    number in place of 8; paged ones leave the GPU's memory when there is need of it."""
+
+    gradient_checkpointing: bool = False
+    """Recompute the activations of each block in the backward pass: less memory, about a third more time."""
 
     def __post_init__(self) -> None:
         check(self, "steps", at_least=1)
@@ -266,26 +299,104 @@ class Merged:
     """What was tried in which order and why it was kept or not, as plain JSON."""
 
 
+Candidate = Iterable[tuple[str, Formula]]
+"""A model as parameter names and formulas relative to the base that the members share; what it does not name is the base's."""
+
+
+class Evaluator(Protocol):
+    """Scores candidates on the selection windows. The costly part, a pass over all of them for each question. A merge that is
+    resumed asks the same questions in the same order and gets the answers that are known already at no cost."""
+
+    def __call__(self, candidate: Candidate) -> float:
+        """Mean next-token loss, nats; infinite where it gives a token no finite likelihood."""
+
+    def slopes(self, candidate: Candidate, along: Callable[[str, Tensor], list[float]]) -> tuple[float, dict[str, list[float]]]:
+        """The loss, and for each of the candidate's names what `along` makes of it and of the gradient of the loss with respect
+        to that weight, (out, in), float32. Numbers are kept, gradients are not. An infinite loss has no slopes."""
+
+
 class MergeMethod(Method):
     """(members, base, evaluator) -> one model. Everything passes one weight at a time, so that no member is held whole."""
 
     kind: ClassVar[str] = "merge"
+    takes: ClassVar[tuple[int, int | None]] = (1, None)
+    """The fewest and the most members that it makes sense of; None: any number."""
+    keeps_updates: ClassVar[bool] = True
+    """Whether low-rank updates come out as low-rank updates, and not as dense weights."""
 
-    def merge(
-        self,
-        members: Sequence[Member],
-        base: Callable[[str], Tensor],
-        evaluate: Callable[[Iterable[tuple[str, Formula]]], float],
-        context: Context,
-    ) -> Merged:
+    def check_members(self, names: Sequence[str], most: int | None = None) -> None:
+        """Raises `SettingsError` where the settings do not fit the members. Called while planning, too.
+
+        names: the members, or all that may become one, of which `most` will.
+        """
+        low, high = self.takes
+        n = min(len(names), most or len(names))
+        if n < low or (high is not None and n > high):
+            allowed = f"exactly {low}" if low == high else f"at least {low}"
+            raise SettingsError(self.name, "members", n, allowed)
+
+    def questions(self, members: int) -> int:
+        """How many questions `merge` asks of the evaluator at most."""
+        return 1
+
+    def shares(self, members: Sequence[str]) -> dict[str, float]:
+        """Member -> its share in the result, by the settings alone."""
+        return dict.fromkeys(members, 1 / len(members))
+
+    def merge(self, members: Sequence[Member], base: Callable[[str], Tensor], evaluate: Evaluator, context: Context) -> Merged:
         """members: at least one, all finite and on one base; whatever order they come in, the answer is the same.
 
         base: parameter name -> the base's dense weight (out, in), float32.
-        evaluate: a candidate, as names and formulas relative to the base -> its selection score; infinite where it gives a
-            token no finite likelihood. It is the costly part, a pass over all selection windows. A merge that is resumed is
-            asked the same questions in the same order and gets the answers that are known already at no cost.
+
+        The default takes in every member, maps `merge_weight` over the weights, and asks what comes out for its score: all that
+        a method of one weight at a time needs.
         """
-        raise NotImplementedError
+        members = best_first(members)
+        base_there = on_device(base, context.device)
+        known = self.survey(members, base_there, context)
+
+        def model() -> Iterator[tuple[str, Formula]]:
+            for name, formulas in weight_by_weight(members, context.device):
+                formula = self.merge_weight(name, formulas, base_there, known, context)
+                if formula is not None:
+                    yield name, formula
+
+        return Merged(self.shares([member.name for member in members]), model(), evaluate(model()))
+
+    def survey(self, members: Sequence[Member], base: Callable[[str], Tensor], context: Context) -> Any:
+        """What it has to know of all weights before it works on the first: `known` of `merge_weight`."""
+
+    def merge_weight(
+        self,
+        name: str,
+        formulas: Mapping[str, Formula | None],
+        base: Callable[[str], Tensor],
+        known: Any,
+        context: Context,
+    ) -> Formula | None:
+        """One weight. formulas: member -> its formula, the best member first, None where it leaves the base's value. The answer
+        is relative to the base as well. All on `context.device`. Called twice for each weight, and answers twice the same."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither merge nor merge_weight")
+
+
+def best_first(members: Sequence[Member]) -> list[Member]:
+    """By score, and of equal ones by name."""
+    return sorted(members, key=lambda member: (member.score, member.name))
+
+
+def weight_by_weight(
+    members: Sequence[Member], device: torch.device | None = None
+) -> Iterator[tuple[str, dict[str, Formula | None]]]:
+    """Every weight that one of the members changes: its name, and member -> its formula, read when it is its turn."""
+    for name in dict.fromkeys(name for member in members for name in member.names):
+        formulas = {member.name: member.formula(name) for member in members}
+        if any(formulas.values()):
+            yield name, {member: f and f.to(device) if device else f for member, f in formulas.items()}
+
+
+def on_device(base: Callable[[str], Tensor], device: torch.device) -> Callable[[str], Tensor]:
+    """The base with its weights on a device."""
+    return lambda name: base(name).to(device)
 
 
 Level = int | float

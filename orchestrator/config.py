@@ -31,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pare.methods.contract import load_all
+from pare.methods.ops.tuner_kinds import NOT_OFFERED
 from pare.orchestrator.errors import ConfigError, nearest
 from pare.orchestrator.schema import GROUPS, PLAIN
 from pare.orchestrator.trials import (
@@ -45,6 +46,7 @@ from pare.orchestrator.trials import (
     assemble,
     built_group,
     check_members,
+    check_teachers,
     contained,
     interned,
     keys_of,
@@ -171,6 +173,8 @@ class Composer:
             return ConfigError(f"unknown setting {key!r}.{nearest(key, known)}")
         if match := re.search(r"(?:Could not find|In '[^']*': Could not find) '([^']+)'", text):
             group, _, option = match[1].rpartition("/")
+            if group == "method" and option in NOT_OFFERED:
+                return ConfigError(f"{option} of peft is not offered: {NOT_OFFERED[option]}")
             options = self.loader.get_group_options(group)
             return ConfigError(f"unknown {group or 'config'} {option!r}.{nearest(option, options)}")
         return ConfigError(one_line(error))
@@ -199,11 +203,12 @@ class Composer:
         for override in common:
             if about_recipe(override) and label(override) not in used:
                 known = {key for composed in self._composed.values() for key in composed.keys}
-                key = override.key_or_group
-                raise ConfigError(f"unknown setting {key!r}: no recipe of this experiment has it.{nearest(key, known)}")
+                key, named = label(override), override.package or override.key_or_group
+                raise ConfigError(f"unknown setting {key!r}: no recipe of this experiment has it.{nearest(named, known)}")
         if not trials:
             raise ConfigError("nothing to do: name an experiment (experiment=demo) or a recipe (recipe=gptq)")
         check_members(trials)
+        check_teachers(trials)
         name = top.name or next((t.recipe for t in trials), "sweep")
         return Experiment(str(name), uniquely_named(trials), **whole, plugins=[located(str(plugin)) for plugin in top.plugins])
 
@@ -260,8 +265,8 @@ class Composer:
             if (key in mine or override.is_sweep_override()) and part in {*GROUPS, *PLAIN} - {*TRIAL_PARTS, "recipe"}:
                 raise ConfigError(f"{override.input_line}: {part} holds for the whole sweep and takes one value")
         groups = [o for o in chosen.values() if not self.is_value(o)]
-        used |= {label(o) for o in groups} & shared
-        for point in itertools.product(*map(points, groups)):
+        for point in self.compositions(groups, shared):
+            used |= {label(o) for o in point} & shared
             composed = self.composed(point)
             # A recipe's setting on the command line is for the recipes that have it.
             values = [
@@ -279,6 +284,18 @@ class Composer:
                 words = [f"{key.rsplit('.', 1)[-1]}={at[key].value()}" for key in shown if key in axes]
                 parts = {part: composed.part(part, [setting[i] for i in taken]) for part, taken in routes.items()}
                 yield assemble("-".join([title, *words]), title, recipe, {key: at[key].value() for key in shown}, parts, skip)
+
+    def compositions(self, groups: list[Override], shared: set[str]) -> Iterator[tuple[Override, ...]]:
+        """The combinations of what has to be composed. A method that the command line chooses for a stage
+        (`method@recipe.merge=ties`) is for the recipes that have the stage, where there are several."""
+        several = any(o.key_or_group == "recipe" and o.is_sweep_override() for o in groups) or "recipe" not in shared
+        methods = [o for o in groups if o.key_or_group == "method" and o.package and plain(o) and label(o) in shared]
+        others = [o for o in groups if not several or o not in methods]
+        for rest in itertools.product(*map(points, others)):
+            own = [o for o in methods if several and o.package in self.composed(rest).keys]
+            place = {label(o): i for i, o in enumerate(groups)}
+            for chosen in itertools.product(*map(points, own)):
+                yield tuple(sorted((*rest, *chosen), key=lambda o: place[label(o)]))
 
 
 def points(axis: Override) -> list[Override]:
@@ -368,7 +385,7 @@ class Composed:
             raise ConfigError(f"{override.input_line}: {one_line(e)}") from e
 
     def check_known(self, override: Override) -> None:
-        if override.key_or_group not in self.keys:
+        if override.key_or_group not in self.keys and not override.key_or_group.startswith("engine.config."):
             raise ConfigError(f"unknown setting {override.key_or_group!r}.{nearest(override.key_or_group, self.keys)}")
 
 
@@ -393,6 +410,7 @@ def restore(rows: Iterable[Mapping[str, Any]], common: Mapping[str, Any], overri
         parts = {part: make(part, said) for part, said in plain.items()}
         trials.append(assemble(row["name"], row["block"], row["recipe"], shown, parts, row["status"] == "skipped"))
     check_members(trials)
+    check_teachers(trials)
     return Experiment(
         common["name"],
         trials,

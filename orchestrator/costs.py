@@ -45,14 +45,34 @@ def total(costs: Sequence[tuple[Cost, float]]) -> Cost:
     return {**sums, "peak_bytes": max((cost["peak_bytes"] for cost, _ in costs), default=0.0)}
 
 
+def ingredients(goals: Mapping[str, Any] | None, tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Tasks of other trials that a merge is made of: all that its artifact stands on and that are not its own, as far as
+    `tasks` knows them."""
+    if not goals or not goals.get("members"):
+        return []
+    own, found, waiting = set(goals["tasks"]), dict[str, None](), [goals["artifact"]]
+    while waiting:
+        for fingerprint in tasks.get(waiting.pop(), {"record": {}})["record"].get("inputs", {}).values():
+            if fingerprint not in found and fingerprint in tasks:
+                found[fingerprint] = None
+                waiting.append(fingerprint)
+    return [fingerprint for fingerprint in found if fingerprint not in own]
+
+
+def of_trial(goals: Mapping[str, Any] | None, tasks: Mapping[str, Mapping[str, Any]], users: Mapping[str, int]) -> Cost:
+    """Of each task its part among the trials that need it; and what the ingredients of a merge cost, all of it."""
+    own = [(tasks[fp]["spent"], 1 / users[fp]) for fp in (goals["tasks"] if goals else []) if fp in tasks]
+    return total([*own, *((tasks[fp]["spent"], 1.0) for fp in ingredients(goals, tasks))])
+
+
 def of_sweep(
-    ledger: Ledger, run: Mapping[str, Any], trials: Mapping[str, Sequence[str]], tasks: Mapping[str, Mapping[str, Any]],
-    users: Mapping[str, int],
+    ledger: Ledger, run: Mapping[str, Any], trials: Mapping[str, Mapping[str, Any] | None],
+    tasks: Mapping[str, Mapping[str, Any]], users: Mapping[str, int],
 ) -> dict[str, Any]:  # fmt: skip
     """The part `cost` of a sweep's record.
 
-    run: row of the latest run; trials: trial -> fingerprints of its tasks; tasks: fingerprint -> its row with `spent`;
-    users: fingerprint -> number of trials that need it.
+    run: row of the latest run; trials: trial -> its goals; tasks: fingerprint -> its row with `spent`; users: fingerprint ->
+    number of trials that need it.
     """
     by_method: dict[str, list[tuple[Cost, float]]] = {}
     for task in tasks.values():
@@ -70,10 +90,14 @@ def of_sweep(
         },
         "trials": {
             name: {
-                **total([(tasks[fp]["spent"], 1 / users[fp]) for fp in own if fp in tasks]),
-                "alone_s": sum(tasks[fp]["spent"]["wall_s"] for fp in own if fp in tasks),
+                **of_trial(goals, tasks, users),
+                "alone_s": sum(
+                    tasks[fp]["spent"]["wall_s"]
+                    for fp in [*(goals["tasks"] if goals else []), *ingredients(goals, tasks)]
+                    if fp in tasks
+                ),
             }
-            for name, own in trials.items()
+            for name, goals in trials.items()
         },
         "saved": {
             "by_sharing_s": sum(cost["wall_s"] * (users[fp] - 1) for fp, cost in done.items()),

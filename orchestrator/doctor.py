@@ -12,7 +12,7 @@ from typing import Any
 from pare.orchestrator import hardware
 
 NEEDED = ("torch", "transformers", "peft", "compressed-tensors", "lm-eval", "ray", "mlflow", "hydra-core", "omegaconf")
-OPTIONAL = {"bitsandbytes": "qlora"}
+OPTIONAL = {"bitsandbytes": "qlora", "deepspeed": "engine=deepspeed_zero*"}
 
 
 def examine(home: Path) -> list[dict[str, Any]]:

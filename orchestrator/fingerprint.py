@@ -35,6 +35,7 @@ IMPORTED_BY_NAME = {"pare.methods.parts.formula": ("pare.methods.parts",)}
 LIBRARIES = {
     "import_model": ("torch", "transformers", "gguf", "tokenizers"),
     "adopt": ("torch", "transformers", "compressed-tensors", "peft", "bitsandbytes", "gguf"),
+    "member": ("torch", "transformers", "peft"),
     "corpus": (),
     "questions": (),
     "pairs": (),
@@ -43,6 +44,7 @@ LIBRARIES = {
     "calibrate": ("torch", "transformers"),
     "gradients": ("torch", "transformers"),
     "compress": ("torch", "transformers"),
+    "teach": ("torch", "transformers"),
     "train": ("torch", "transformers", "peft", "bitsandbytes"),
     "merge": ("torch", "transformers", "peft"),
     "levels": ("torch",),
@@ -56,7 +58,7 @@ LIBRARIES = {
 """Task type -> distributions whose version enters the fingerprint."""
 
 DEPENDS_ON_DEVICE = frozenset(
-    {"calibrate", "gradients", "compress", "train", "merge", "allocate", "score", "evaluate", "speed"}
+    {"calibrate", "gradients", "compress", "teach", "train", "merge", "allocate", "score", "evaluate", "speed"}
 )
 """Task types whose numbers differ between a CPU and a GPU."""
 
@@ -83,7 +85,7 @@ def task_record(
         "type": kind,
         "spec": spec,
         "inputs": inputs,
-        "libraries": libraries(kind),
+        "libraries": libraries(kind) | ({"deepspeed": version("deepspeed")} if "zero" in spec else {}),
         "device": device if kind in DEPENDS_ON_DEVICE else None,
         "code": code_digest((kind if "." in kind else f"pare.workers.tasks.{kind}", *sorted(also))),
     }

@@ -45,7 +45,7 @@ SELF_CONTAINED = frozenset(
 )
 """Task types whose artifacts are read without what they were made from. A compressed model is not: it stands on its base."""
 ASIDE = frozenset({"tokens", "statistics", "gradients", "teacher", "levels", "allocation"})
-"""Roles of inputs that went into an artifact without being referred to by it."""
+"""Roles of inputs that went into an artifact without being referred to by it, each of one or (`teacher.NAME`) of several."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class KnownTask:
         """Artifacts without which this one cannot be read."""
         if self.type in SELF_CONTAINED:
             return []
-        return [fp for role, fp in self.inputs.items() if role not in ASIDE]
+        return [fp for role, fp in self.inputs.items() if role.partition(".")[0] not in ASIDE]
 
 
 @dataclass(frozen=True)

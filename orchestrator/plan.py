@@ -3,7 +3,7 @@
 Two tasks are equal when their fingerprints are, so merging needs no comparison: a trial adds its tasks by what they
 do, and finds them there if another trial has already asked for the same. A trial reads
 
-    import_model -> [tokens -> calibrate, gradients] -> compress | [tokens ->] train -> ... -> export -> evaluate, speed
+    import_model -> [tokens -> calibrate, gradients] -> compress | [tokens -> teach] train -> ... -> export -> evaluate, speed
                                                                        \\-> score (in memory) --^
 
 A stage of kind allocate is a search over levels, each of which is an ordinary compress task that plain trials share:
@@ -12,7 +12,8 @@ A stage of kind allocate is a search over levels, each of which is an ordinary c
 
 A stage of kind merge takes trials in place of one model. Which ones is a query, answered when every candidate has been
 scored on the selection split: until then the trial is *late*. Its tasks stand in the plan as if all candidates were
-chosen, and `Plan.resolve` puts the true ones in their place.
+chosen, and `Plan.resolve` puts the true ones in their place. Members may also lie in directories: each is brought in by a
+task `member`, as what it adds to the base, and scored like a trial.
 """
 
 from __future__ import annotations
@@ -26,23 +27,27 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from pare.methods.anatomy.apart import SEES_ACROSS
 from pare.methods.anatomy.describe import UnknownModel, family_of
-from pare.methods.contract import METHODS, LayerMethod, Method, SettingsError, TrainMethod
+from pare.methods.contract import METHODS, LayerMethod, Method, SettingsError, TrainMethod, family
 from pare.methods.ops.statistics import Gram
 from pare.orchestrator import hardware
 from pare.orchestrator.config import Experiment, Stage, Trial
 from pare.orchestrator.errors import ConfigError
 from pare.orchestrator.fingerprint import digest, task_record
-from pare.orchestrator.schema import Evaluation
-from pare.orchestrator.trials import is_imported
+from pare.orchestrator.schema import Evaluation, Model
+from pare.orchestrator.trials import BASE, is_imported
 from pare.orchestrator.widths import with_widths
+from pare.orchestrator.zero_config import own_config
 from pare.workers import lm_tasks, sources
 from pare.workers.corpus import NO_TEMPLATE
 from pare.workers.hub import Memory, remembering
 from pare.workers.imported import locate_import, resolve_import
+from pare.workers.members import locate_member, resolve_member
 from pare.workers.metric_function import resolve_metric, source_of_metric
 from pare.workers.pairs import resolve_pairs
 from pare.workers.store import Store
+from pare.workers.zero import objection
 
 
 @dataclass
@@ -92,6 +97,9 @@ class Late:
     candidates: dict[str, str]
     """Trial -> the task that scores what it made on the selection split."""
 
+
+AS_EVER = {"packing": "concatenated", "predict": "all"}
+"""Settings of windows that are left out of a fingerprint where they have these values."""
 
 Members = list[tuple[str, float | None]]
 """Trials to be merged, best first, with their scores; None where a candidate only stands for what will be chosen."""
@@ -254,11 +262,12 @@ def merged_plan(experiment: Experiment, device: str, threads: int) -> Plan:
 
 
 def candidates_of(trial: Trial, trials: Any) -> list[str]:
-    """Names of the trials that a merging trial's query asks about."""
+    """Names of the trials and of the directories that a merging trial's query asks about."""
     query = trial.stages[0].members if trial.stages else None
     if query is None:
         return []
-    return [t.name for t in trials if t.name != trial.name and any(fnmatchcase(t.block, b) for b in query.blocks)]
+    own = [t.name for t in trials if t.name != trial.name and any(fnmatchcase(t.block, b) for b in query.blocks)]
+    return [*own, *query.foreign]
 
 
 class Builder:
@@ -270,6 +279,8 @@ class Builder:
         self._trial = ""
         self._late = False
         self._own: dict[str, None] = {}
+        self._stages: dict[str, str] = {}
+        """Of the trial at hand: what a recipe calls a model (`model`, a stage) -> the artifact."""
         self._plain: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._identities: dict[str, dict[str, Any]] = {}
 
@@ -318,18 +329,10 @@ class Builder:
         own: tasks that are the trial's already.
         """
         self._trial, self._own, self._late = trial.name, dict.fromkeys(own or []), False
-        model_config, data_config = self.plain(trial.model), self.plain(trial.data)
+        data_config = self.plain(trial.data)
         evaluation = self.plain(trial.evaluation)
 
-        model = self.add(
-            "import_model",
-            f"import {trial.model.name or trial.model.path}",
-            {"model": {"dtype": trial.model.dtype}, "identity": self.identify(sources.resolve_model, model_config)},
-            {},
-            where=sources.locate_model(model_config),
-        )
-        if model not in self.plan.models:
-            self.plan.models[model] = with_widths(self.identify(sources.describe_model, model_config))
+        model = self.add_model(trial.model)
         if trial.data.rows == "chat" and self.plan.models[model]["chat_template"] is False:
             raise ConfigError(NO_TEMPLATE)
         split = {key: data_config[key] for key in ("source", "fractions", "seed")}
@@ -343,6 +346,9 @@ class Builder:
 
         def tokens(role: str) -> str:
             size = evaluation["windows"] if role == "test" else data_config[role]
+            size = {key: value for key, value in size.items() if AS_EVER.get(key) != value}
+            if role == "train" and size.get("packing") == "separate":
+                self.check_apart(model)
             spec = {"role": role, **size, "seed": trial.data.seed}
             return self.add("tokens", f"{role} tokens", spec, {"model": model, "corpus": corpus})
 
@@ -354,14 +360,17 @@ class Builder:
         test = tokens("test")
         teacher = score("score base", model, test, keep_hidden=True)
         artifact, stages = model, trial.stages
+        self._stages = {BASE: model}
         if members is not None:
             selection = tokens("selection")
-            artifacts = {name: self.plan.goals[name].artifact for name, _ in members}
+            artifacts = {name: self.artifact_of(trial, name, model) for name, _ in members}
             if any(nll is None for _, nll in members):
+                check_lineages(self.plan, stages[0], artifacts)
                 scores = {name: score(f"select by {name}", artifacts[name], selection) for name in artifacts}
                 self.plan.late[trial.name] = Late(trial, scores)
                 self._late = True
             artifact = self.add_merge(trial, stages[0], model, selection, artifacts, members)
+            self._stages[stages[0].name] = artifact
             stages = stages[1:]
         for stage in stages:
             if METHODS[stage.method].kind == "import":
@@ -372,6 +381,7 @@ class Builder:
                 artifact = self.add_search(trial, stage, model, artifact, tokens, search, search_teacher)
             else:
                 artifact = self.add_stage(trial, stage, model, artifact, tokens)
+            self._stages[stage.name] = artifact
         own_score, export = teacher, artifact
         inputs = {"export": export, "tokens": test, "teacher": teacher}
         if not is_imported(trial):
@@ -400,6 +410,20 @@ class Builder:
             timing = self.add("speed", f"speed {trial.name}", spec, {"export": export})
         chosen = [name for name, _ in members or []]
         self.plan.goals[trial.name] = Goals(artifact, own_score, export, evaluate, timing, list(self._own), chosen)
+
+    def add_model(self, model: Model) -> str:
+        """The import of a model, and what is known of it before it is loaded."""
+        config = self.plain(model)
+        fingerprint = self.add(
+            "import_model",
+            f"import {model.name or model.path}",
+            {"model": {"dtype": model.dtype}, "identity": self.identify(sources.resolve_model, config)},
+            {},
+            where=sources.locate_model(config),
+        )
+        if fingerprint not in self.plan.models:
+            self.plan.models[fingerprint] = with_widths(self.identify(sources.describe_model, config))
+        return fingerprint
 
     def asked(self, evaluation: Evaluation) -> dict[str, str]:
         """What the user has an export asked: role of the evaluation -> task that brings it into the store."""
@@ -443,12 +467,32 @@ class Builder:
             if cls.needs_gradients:
                 inputs["gradients"] = self.statistics(trial, artifact, cls.needs_gradients, tokens, "gradients")
             return self.add("compress", label, spec, inputs, (cls.__module__,))
+        check_decoding(trial, stage)
         inputs["tokens"] = tokens("train")
         spec["dtype"] = trial.dtype
-        if trial.engine.ranks > 1:
-            self.check_ranks(stage, trial.engine.ranks)
-            spec["ranks"] = trial.engine.ranks
+        if stage.teachers:
+            spec["teachers"] = list(stage.teachers.values())
+            for i, name in enumerate(stage.teachers):
+                inputs[f"teacher.{i}"] = self.add_teacher(trial, stage, name, model, inputs["tokens"])
+        spec |= self.engine_of(trial, stage)
         return self.add("train", label, spec, inputs, (cls.__module__,))
+
+    def add_teacher(self, trial: Trial, stage: Stage, name: str, model: str, tokens: str) -> str:
+        """What a teacher makes of the training data. It is one task for all students that learn from it."""
+        artifact = self._stages.get(name)
+        if artifact is None:
+            path, known = (name, None) if is_local(name) else (None, name)
+            artifact = self.add_model(Model("hf", known, path=path, dtype=trial.model.dtype))
+            own, others = (self.plan.models[fp]["vocab_size"] for fp in (model, artifact))
+            if own != others:
+                raise ConfigError(
+                    f"block {trial.block!r}: recipe.{stage.name}.teachers: {name!r} has a vocabulary of {others} tokens, the "
+                    f"student one of {own}. A teacher must have the student's tokenizer"
+                )
+        return self.add(
+            "teach", f"teacher {name}", {"dtype": trial.dtype}, {"model": artifact, "tokens": tokens},
+            where=memory_of(trial.evaluation),
+        )  # fmt: skip
 
     def add_import(self, stage: Stage, model: str) -> str:
         """The task that takes a checkpoint made elsewhere into the store, as the export that it is."""
@@ -456,18 +500,34 @@ class Builder:
         spec = {"identity": self.identify(resolve_import, settings)}
         return self.add("adopt", f"import {settings['path']}", spec, {"model": model}, where=locate_import(settings))
 
-    def check_ranks(self, stage: Stage, ranks: int) -> None:
-        """Refuses what several ranks cannot share."""
-        settings = stage.settings
-        if not isinstance(settings, TrainMethod):
-            return
-        if settings.shards == "none":
-            raise ConfigError(f"engine.ranks={ranks}: {stage.method} trains on one rank only. Try: engine.ranks=1")
-        if settings.batch_size % ranks:
-            raise ConfigError(
-                f"recipe.{stage.name}.batch_size must be a multiple of engine.ranks={ranks}, got {settings.batch_size}. "
-                f"Try: recipe.{stage.name}.batch_size={ranks * max(1, settings.batch_size // ranks)}"
-            )
+    def engine_of(self, trial: Trial, stage: Stage) -> dict[str, Any]:
+        """What a training is told of its engine; nothing where that is one rank of plain torch."""
+        engine, settings = trial.engine, stage.settings
+        spec: dict[str, Any] = {}
+        assert isinstance(settings, TrainMethod)
+        if engine.ranks > 1:
+            check_ranks(stage, settings, engine.ranks)
+            spec["ranks"] = engine.ranks
+        if engine.kind == "deepspeed":
+            if reason := objection(settings, engine.stage):
+                other = "torch" if objection(settings, 2) else "deepspeed_zero2"
+                raise ConfigError(
+                    f"engine.stage={engine.stage}: {stage.method} (recipe.{stage.name}) cannot be trained by "
+                    f"ZeRO-{engine.stage}: {reason}. Try: engine={other}"
+                )
+            config = own_config(engine.config, stage.name, settings, engine.ranks, trial.dtype)
+            spec["zero"] = {"stage": engine.stage, "offload": engine.offload, "config": config}
+        return spec
+
+    def artifact_of(self, trial: Trial, name: str, model: str) -> str:
+        """What a member is merged from: what a trial has made, or what a directory adds to the base."""
+        stage = trial.stages[0]
+        path = stage.members.foreign.get(name) if stage.members else None
+        if path is None:
+            return self.plan.goals[name].artifact
+        spec = {"path": path, "key": f"recipe.{stage.name}.members.paths", "model": self.plain(trial.model)}
+        identity = self.identify(resolve_member, spec)
+        return self.add("member", f"member {path}", {"identity": identity}, {"model": model}, where=locate_member(spec))
 
     def add_merge(
         self, trial: Trial, stage: Stage, model: str, selection: str, artifacts: dict[str, str], members: Members
@@ -535,6 +595,15 @@ class Builder:
             tuple(s.__module__ for s in needs),
         )
 
+    def check_apart(self, model: str) -> None:
+        """Refuses documents that share a row for a model whose documents would see each other."""
+        architecture = self.plan.models[model]["architecture"]
+        if reason := SEES_ACROSS.get(architecture):
+            raise ConfigError(
+                f"data.train.packing=separate: {architecture} cannot keep the documents of a row apart: {reason}. "
+                "Try: data.train.packing=padded"
+            )
+
     def need_anatomy(self, stage: Stage, model: str) -> None:
         try:
             family_of(self.plan.models[model]["architecture"])
@@ -550,6 +619,67 @@ class Builder:
             raise ConfigError(
                 f"block {self._trial!r}: recipe.{stage.name}.{e.setting} must be {e.allowed}, got {e.got!r}"
             ) from e
+
+
+def check_lineages(plan: Plan, stage: Stage, artifacts: Mapping[str, str]) -> None:
+    """Refuses members that cannot be merged because of what was done to each of them above the base that they share. Where not
+    all candidates become members, the merge itself finds out."""
+    query = stage.members
+    lines = {name: lineage(plan, artifact) for name, artifact in artifacts.items()}
+    if len(set(artifacts.values())) == 1 or (query and query.top and query.top < len(artifacts)):
+        return
+    shared = set.intersection(*(set(line) for line in lines.values()))
+    for name, line in lines.items():
+        for task in (plan.tasks[fp] for fp in line if fp not in shared):
+            cls = METHODS.get(task.spec.get("method", ""))
+            why = None
+            if isinstance(cls, type) and issubclass(cls, LayerMethod) and cls.folds:
+                why = "folds factors into its weights, and those of other members are on other scales"
+            elif task.type == "assemble" or (cls and cls.kind == "layer" and family(cls) in ("quantize", "prune")):
+                why = "leaves codes or zeros of its own in it, and the average of quantised or pruned weights is neither"
+            if why:
+                raise ConfigError(
+                    f"recipe.{stage.name}.members: {name!r} cannot be merged: {task.label.split()[0]} {why}. Merge first and "
+                    "compress what comes out, or merge members that were trained on one and the same compressed model"
+                )
+
+
+def lineage(plan: Plan, artifact: str) -> list[str]:
+    """A model, what it stands on, and so on down to the import."""
+    line = [artifact]
+    while "model" in plan.tasks[line[-1]].inputs:
+        line.append(plan.tasks[line[-1]].inputs["model"])
+    return line
+
+
+def check_decoding(trial: Trial, stage: Stage) -> None:
+    """Refuses to train weights themselves that an earlier stage makes codes of. What else has to be made dense first is seen
+    when there are weights."""
+    if getattr(stage.settings, "decode", True) or getattr(stage.settings, "parameters", "") not in ("all", "linear"):
+        return
+    for earlier in trial.stages[: trial.stages.index(stage)]:
+        settings = (earlier.levels or earlier).settings
+        is_code = hasattr(settings, "quant_type") or (
+            hasattr(settings, "bits_per_weight") and not getattr(settings, "scale_only", False)
+        )
+        if is_code:
+            key = f"recipe.{stage.name}"
+            raise ConfigError(
+                f"block {trial.block!r}: {key}.decode must be true where weights are trained that have been made codes by "
+                f"recipe.{earlier.name} ({settings.name}): they become dense again. Try: lora, qlora or distill_lora, which "
+                f"leave them codes; or {key}.decode=true {key}.store=bfloat16"
+            )
+
+
+def check_ranks(stage: Stage, settings: TrainMethod, ranks: int) -> None:
+    """Refuses what several ranks cannot share."""
+    if settings.shards == "none":
+        raise ConfigError(f"engine.ranks={ranks}: {stage.method} trains on one rank only. Try: engine.ranks=1")
+    if settings.batch_size % ranks:
+        raise ConfigError(
+            f"recipe.{stage.name}.batch_size must be a multiple of engine.ranks={ranks}, got {settings.batch_size}. "
+            f"Try: recipe.{stage.name}.batch_size={ranks * max(1, settings.batch_size // ranks)}"
+        )
 
 
 def where_to_measure(evaluation: Evaluation) -> dict[str, Any]:
@@ -572,14 +702,18 @@ def card(trial: Trial, licence: str) -> dict[str, Any]:
     the settings themselves and not from how they were typed."""
     stages = {name: stage for stage in trial.stages for name, stage in described(stage).items()}
     settings = {
-        name: {"method": stage.method, **settings_of(stage.settings), **({"vary": stage.vary} if stage.vary else {})}
-        for name, stage in stages.items()
+        name: {"method": stage.method, **settings_of(stage.settings), **beside(stage)} for name, stage in stages.items()
     }
     choices = [
         f"recipe.{name}.{f.name}={getattr(stage.settings, f.name)}"
         for name, stage in stages.items()
         for f in dataclasses.fields(stage.settings)  # type: ignore[arg-type]
         if getattr(stage.settings, f.name) != default_of(f)
+    ]
+    choices += [
+        f"recipe.{name}.teachers={{{','.join(f'{teacher}:{weight:g}' for teacher, weight in stage.teachers.items())}}}"
+        for name, stage in stages.items()
+        if stage.teachers not in ({}, {BASE: 1.0}) and not any(map(is_local, stage.teachers))
     ]
     drawn = trial.seed if any(stage.settings.draws_random_numbers for stage in trial.stages) else None
     needed = any(stage.settings.needs or stage.settings.needs_gradients for stage in stages.values())
@@ -600,6 +734,17 @@ def card(trial: Trial, licence: str) -> dict[str, Any]:
 def described(stage: Stage) -> dict[str, Stage]:
     """The stage, and the one that builds its levels, by their names in the recipe."""
     return {stage.name: stage, **({f"{stage.name}.levels": stage.levels} if stage.levels else {})}
+
+
+def beside(stage: Stage) -> dict[str, Any]:
+    """What a stage says besides its method's settings, without places."""
+    teachers = {"local model" if is_local(name) else name: weight for name, weight in stage.teachers.items()}
+    return {key: value for key, value in (("vary", stage.vary), ("teachers", teachers)) if value}
+
+
+def is_local(teacher: str) -> bool:
+    """Whether a teacher that is no stage is a directory, and not a name of the hub."""
+    return teacher.startswith(("/", ".", "~"))
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:

@@ -22,7 +22,7 @@ from pare.orchestrator.pool import Pool
 from pare.orchestrator.segments import Segments
 from pare.workers.store import Store
 
-FETCHED = frozenset({"import_model", "adopt", "corpus", "benchmark", "pairs", "tokens", "questions"})
+FETCHED = frozenset({"import_model", "adopt", "member", "corpus", "benchmark", "pairs", "tokens", "questions"})
 """Task types that read a source, and those that show that it is enough for what the sweep takes from it."""
 
 

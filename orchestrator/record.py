@@ -25,8 +25,7 @@ def build_record(ledger: Ledger, store: Store, sweep_id: str) -> dict[str, Any]:
     users = task_users(goals.values())
     tasks = tasks_of(ledger, sorted(users))
     record["saving"] = saving(tasks, users)
-    own = {name: g["tasks"] if g else [] for name, g in goals.items()}
-    record["cost"] = costs.of_sweep(ledger, dict(ledger.last_run(record["sweep"])), own, tasks, users)
+    record["cost"] = costs.of_sweep(ledger, dict(ledger.last_run(record["sweep"])), goals, tasks, users)
     record["trials"] = [trial_record(row, goals[row["name"]], tasks, users, store) for row in rows]
     mark_front(record)
     return record
@@ -69,7 +68,17 @@ def one_trial(ledger: Ledger, store: Store, sweep_id: str, name: str, users: dic
     goals = json.loads(row["goals"])
     if goals and not users.keys() >= set(goals["tasks"]):
         users.update(task_users(json.loads(other["goals"]) for other in ledger.trials(sweep_id)))
-    return trial_record(row, goals, tasks_of(ledger, goals["tasks"]) if goals else {}, users, store)
+    return trial_record(row, goals, tasks_of(ledger, behind(ledger, goals)) if goals else {}, users, store)
+
+
+def behind(ledger: Ledger, goals: dict[str, Any]) -> list[str]:
+    """The tasks of a trial, and of a merge those that its members were made by."""
+    found, new = dict.fromkeys(goals["tasks"]), goals["tasks"] if goals.get("members") else []
+    while new:
+        records = [json.loads(row["record"]) for row in ledger.tasks(list(new)).values()]
+        new = [fp for record in records for fp in record.get("inputs", {}).values() if fp not in found]
+        found |= dict.fromkeys(new)
+    return list(found)
 
 
 def tasks_of(ledger: Ledger, fingerprints: list[str]) -> dict[str, dict[str, Any]]:
@@ -133,7 +142,7 @@ def trial_record(
         if task["type"] == "train":
             curves.update(read_curves(store.read_file(task["fingerprint"], "curve.jsonl")))
     if own:
-        share = costs.total([(task["spent"], 1 / users[task["fingerprint"]]) for task in own])
+        share = costs.of_trial(goals, tasks, users)
         told = ("wall_s", "cpu_s", "tokens", *(["gpu_s"] if share["gpu_s"] else []))
         metrics.update({f"cost/{name}": share[name] for name in told})
     export = results.get(goals["export"], {}) if goals else {}
@@ -155,6 +164,7 @@ def trial_record(
         "curves": curves,
         "windows": read_kept(evaluation, "windows"),
         "answers": read_kept(evaluation, "answers"),
+        "members": goals.get("members", []) if goals else [],
         "directions": results.get(goals["evaluate"], {}).get("directions", {}) if goals else {},
         "config": json.loads(row["config"]),
         "tasks": [

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pare.orchestrator.errors import ConfigError
+from pare.orchestrator.zero_config import check_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -45,6 +46,15 @@ class Windows:
     length: int = 512
 
 
+@dataclass
+class TrainWindows(Windows):
+    packing: str = "concatenated"
+    """How documents share a row. concatenated: one after another, cut at its end; separate: several to a row, none sees
+    another; padded: each has rows of its own."""
+    predict: str = "all"
+    """Which tokens are learnt: all, or of a chat those of the assistant."""
+
+
 def check_windows(key: str, windows: Windows) -> None:
     need(windows.sequences >= 1, f"{key}.sequences", windows.sequences, ">= 1")
     need(windows.length >= 8, f"{key}.length", windows.length, ">= 8")
@@ -75,7 +85,7 @@ class Data:
     )
     seed: int = 0
     calibration: Windows = field(default_factory=Windows)
-    train: Windows = field(default_factory=Windows)
+    train: TrainWindows = field(default_factory=TrainWindows)
     selection: Windows = field(default_factory=Windows)
     """What merges choose their members by."""
     validation: Windows = field(default_factory=Windows)
@@ -97,6 +107,11 @@ class Data:
              self.fractions, "positive and sum to 1")  # fmt: skip
         for role in ("calibration", "train", "selection", "validation"):
             check_windows(f"data.{role}", getattr(self, role))
+        need(self.train.packing in ("concatenated", "separate", "padded"), "data.train.packing", self.train.packing,
+             "concatenated, separate or padded", "data.train.packing=separate")  # fmt: skip
+        need(self.train.predict in ("all", "assistant"), "data.train.predict", self.train.predict, "all or assistant")
+        need(self.train.predict == "all" or self.rows == "chat", "data.train.predict", self.train.predict,
+             "all unless rows are conversations", "data=table data.rows=chat")  # fmt: skip
         if self.source == "text":
             need(bool(self.path), "data.path", self.path, "the path of a text file for data=text", "data.path=FILE")
         if self.source == "table":
@@ -200,11 +215,27 @@ class Evaluation:
 class Engine:
     """How the steps of a training method are computed."""
 
+    kind: str = "torch"
+    """torch, or deepspeed, which spreads over the ranks what each of them would hold a copy of."""
     ranks: int = 1
     """Processes that train together, each with a part of every step's batch."""
+    stage: int = 0
+    """Of deepspeed: 1 spreads the optimizer's state, 2 gradients too, 3 weights too. 0 for torch."""
+    offload: bool = False
+    """Of deepspeed: whether what is spread lies in the memory of the host."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Further keys of DeepSpeed's own config, checked by `zero_config`."""
 
     def __post_init__(self) -> None:
+        need(self.kind in ("torch", "deepspeed"), "engine.kind", self.kind, "torch or deepspeed", "engine=deepspeed_zero2")
         need(self.ranks >= 1, "engine.ranks", self.ranks, ">= 1", "engine.ranks=1")
+        if self.kind == "torch":
+            given = next((key for key in ("stage", "offload", "config") if getattr(self, key)), None)
+            need(given is None, f"engine.{given}", given and getattr(self, given), "left out for engine=torch",
+                 "engine=deepspeed_zero2")  # fmt: skip
+        else:
+            need(self.stage in (1, 2, 3), "engine.stage", self.stage, "1, 2 or 3", "engine=deepspeed_zero2")
+            check_config(self.config, self.stage, self.offload)
 
 
 EXPORTS = ("auto", "dense", "compressed-tensors", "adapter", "gguf", "pare")
@@ -298,8 +329,15 @@ class Query:
 
     blocks: list[str] = field(default_factory=list)
     """Names of blocks; `*` and `?` as in file names."""
+    paths: list[str] = field(default_factory=list)
+    """Directories of full models of the same base, or of LoRA adapters on it, that are members beside the trials."""
     top: int | None = None
     """How many of the best by the selection split; None takes all."""
+
+    @property
+    def foreign(self) -> dict[str, str]:
+        """Name as a member -> directory, of what does not come from this sweep."""
+        return {f"path{i}": path for i, path in enumerate(self.paths)}
 
 
 @dataclass

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import graphlib
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typing import Any, get_type_hints
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from pare.methods.contract import METHODS, AllocateMethod, LayerMethod, Method, SettingsError
+from pare.methods.contract import METHODS, AllocateMethod, LayerMethod, MergeMethod, Method, SettingsError
 from pare.orchestrator.errors import ConfigError, nearest
 from pare.orchestrator.schema import (
     DTYPES,
@@ -51,6 +52,17 @@ STAGE_KEYS: dict[str, dict[str, tuple[Any, Any]]] = {
 }
 """Kind of method -> what a stage with it has beside the method's settings: key -> (type, default)."""
 
+TEACHERS: dict[str, tuple[Any, Any]] = {"teachers": (dict[str, float], field(default_factory=dict))}
+"""The same, of a method that `has_teachers`."""
+
+BASE = "model"
+"""What a recipe calls the base model of the trial, where it names models by their stages."""
+
+
+def keys_beside(cls: type[Method]) -> dict[str, tuple[Any, Any]]:
+    """What a stage has beside its method's settings: key -> (type, default)."""
+    return STAGE_KEYS.get(cls.kind, {}) | (TEACHERS if getattr(cls, "has_teachers", False) else {})
+
 
 @dataclass
 class Stage:
@@ -65,6 +77,8 @@ class Stage:
     """The layer method whose results an allocation chooses among."""
     vary: dict[str, list[Any]] = field(default_factory=dict)
     """The one setting of `levels` that makes the levels, with its values."""
+    teachers: dict[str, float] = field(default_factory=dict)
+    """Models that the method learns from, with their weights: `model`, an earlier stage, ORG/NAME of the hub, ./DIRECTORY."""
 
 
 @dataclass
@@ -123,7 +137,7 @@ NODES: dict[type, type] = {}
 def node_class(cls: type[Method]) -> type:
     """The shape of a stage with this method: its settings, `method`, and the keys that its kind of stage has."""
     if cls not in NODES:
-        extra = STAGE_KEYS.get(cls.kind, {})
+        extra = keys_beside(cls)
         for f in dataclasses.fields(cls):  # type: ignore[arg-type]
             if f.name in {"method", *extra}:
                 raise ConfigError(f"method {cls.name!r}: a setting cannot be called {f.name!r}, a key of the stage itself")
@@ -207,18 +221,25 @@ class Refused(ConfigError):
 def stage(where: str, plain: Mapping[str, Any]) -> Stage:
     """One stage of a recipe, `where` it stands, from plain data of the right types."""
     cls = method_at(where, plain)
-    extra = STAGE_KEYS.get(cls.kind, {})
+    extra = keys_beside(cls)
     values = {key: copy.copy(value) for key, value in plain.items() if key != "method" and key not in extra}
     try:
         found = Stage(where.rpartition(".")[2], cls.name, cls(**values))
     except SettingsError as e:
-        default = next((f.default for f in dataclasses.fields(cls) if f.name == e.setting), None)  # type: ignore[arg-type]
-        raise Refused(f"{where}.{e.setting} must be {e.allowed}, got {e.got!r}. Try: {where}.{e.setting}={default}") from e
+        plain_defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not dataclasses.MISSING}  # type: ignore[arg-type]
+        known = e.setting in plain_defaults
+        hint = f" Try: {where}.{e.setting}={plain_defaults[e.setting]}" if known else ""
+        raise Refused(f"{where}.{e.setting} must be {e.allowed}, got {e.got!r}.{hint}") from e
     if "members" in extra:
         found.members = query = Query(**(plain.get("members") or {}))
         key = f"{where}.members"
-        need(bool(query.blocks), f"{key}.blocks", query.blocks, "a list of blocks of the sweep", f"{key}.blocks=[lora]")
+        need(bool(query.blocks or query.paths), f"{key}.blocks", query.blocks,
+             f"a list of blocks of the sweep, unless {key}.paths names directories", f"{key}.blocks=[lora]")  # fmt: skip
         need(query.top is None or query.top >= 1, f"{key}.top", query.top, ">= 1 (null: all)", f"{key}.top=null")
+    if "teachers" in extra:
+        found.teachers = plain.get("teachers") or {BASE: 1.0}
+        for name, weight in found.teachers.items():
+            need(0 < weight < math.inf, f"{where}.teachers.{name}", weight, "> 0 and finite", f"{where}.teachers.{name}=1")
     if "levels" in extra:
         if not plain.get("levels"):
             raise ConfigError(
@@ -320,7 +341,8 @@ def check_members(trials: list[Trial]) -> None:
                 if not matching([block], blocks):
                     raise ConfigError(
                         f"{where}.members.blocks: there is no block {block!r} in this sweep.{nearest(block, blocks)} "
-                        f"A merge takes trials of its own sweep, for example: recipe=lora,{trial.recipe}"
+                        f"A merge takes trials of its own sweep, for example: recipe=lora,{trial.recipe}; or directories: "
+                        f"{where.partition(': ')[2]}.members={{blocks: [], paths: [DIRECTORY]}}"
                     )
             foreign = next((t for t in candidates(trial, trials) if is_imported(t)), None)
             if foreign:
@@ -335,11 +357,42 @@ def check_members(trials: list[Trial]) -> None:
         circle = " -> ".join(reversed(e.args[1]))
         raise ConfigError(f"members.blocks go in a circle: {circle}. A merge cannot be made of itself") from e
     for trial in trials:
-        if trial.stages and trial.stages[0].members and not candidates(trial, trials):
+        if not trial.stages or trial.stages[0].members is None:
+            continue
+        stage, query = trial.stages[0], trial.stages[0].members
+        where, found = f"block {trial.block!r}: recipe.{stage.name}", candidates(trial, trials)
+        if not found and not query.paths:
             raise ConfigError(
-                f"block {trial.block!r}: recipe.{trial.stages[0].name}.members: no trial of "
-                f"{', '.join(trial.stages[0].members.blocks)} runs on the base model of {trial.name!r}"
+                f"{where}.members: no trial of {', '.join(query.blocks)} runs on the base model of {trial.name!r}"
             )
+        names = [*(t.name for t in found), *query.foreign]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"{where}.members: {names[-1]!r} is what members.paths calls its members; rename the block")
+        assert isinstance(stage.settings, MergeMethod)
+        try:
+            stage.settings.check_members(names, query.top)
+        except SettingsError as e:
+            raise ConfigError(f"{where}.{e.setting} must be {e.allowed}, got {e.got!r}") from e
+
+
+def check_teachers(trials: list[Trial]) -> None:
+    """Refuses names of teachers that mean no model."""
+    for trial in trials:
+        for position, stage in enumerate(trial.stages):
+            earlier = [BASE, *(other.name for other in trial.stages[:position])]
+            for name in stage.teachers:
+                if name not in earlier and not is_place(name):
+                    later = " comes later, and" if name in [other.name for other in trial.stages] else ""
+                    raise ConfigError(
+                        f"block {trial.block!r}: recipe.{stage.name}.teachers: {name!r}{later} is no model that it can learn "
+                        f"from.{nearest(name, earlier)} It can learn from {', '.join(earlier)}, from ORG/NAME of the hub, or a "
+                        "directory: ./DIRECTORY"
+                    )
+
+
+def is_place(name: str) -> bool:
+    """Whether a teacher is named by where it lies, on the hub or in a directory, and not by a stage."""
+    return "/" in name
 
 
 def candidates(trial: Trial, trials: Iterable[Trial]) -> list[Trial]:
@@ -380,7 +433,7 @@ def typed_stage(where: str, node: Any) -> DictConfig:
     if OmegaConf.get_type(node) is not dict and not issubclass(OmegaConf.get_type(node), cls):  # type: ignore[arg-type]
         raise ConfigError(f"{where}.method cannot be set; choose another method with method@{where}={node.method}")
     node = with_types(where, node_class(cls), node)
-    if "levels" in STAGE_KEYS.get(cls.kind, {}) and node.levels is not None:
+    if "levels" in keys_beside(cls) and node.levels is not None:
         node.levels = typed_stage(f"{where}.levels", node.levels)
     return node
 

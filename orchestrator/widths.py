@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 STORED_AS_THEY_ARE = frozenset(
@@ -21,10 +22,16 @@ def with_widths(known: dict[str, Any]) -> dict[str, Any]:
     from pare.workers.models import skeleton_of
 
     try:
-        skeleton = skeleton_of(AutoConfig.for_model(**known["config"]))
+        config = json.loads(json.dumps(known["config"]), object_hook=infinity)
+        skeleton = skeleton_of(AutoConfig.for_model(**config))
         widths = describe(skeleton.eval()).widths
     except UnknownModel as e:
         return {**known, "unknown": str(e)}
     except (KeyError, TypeError, ValueError):  # transformers does not know this kind of config; the import will say so
         return known
     return {**known, "linears": {name: list(width) for name, width in widths.items()}}
+
+
+def infinity(value: dict[str, Any]) -> Any:
+    """A number that JSON has no word for, which transformers writes as {"__float__": "Infinity"}; anything else as it is."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pare.methods.contract import METHODS
+from pare.methods.contract import METHODS, MergeMethod
 from pare.methods.ops.statistics import Gram
 from pare.orchestrator.machine import Machine
 
@@ -300,20 +300,48 @@ def train(job: Job) -> Work:
     length = job.windows()[1]
     micro = settings.get("micro_batch_size", 1)
     batches = settings.get("steps", 0) * settings.get("batch_size", 1) // micro
-    adapter, again = "rank" in settings, bool(settings.get("gradient_checkpointing"))
+    adapter, again = "init_seed" in settings, bool(settings.get("gradient_checkpointing"))
     forward = job.forward(batches * micro, length, head=1, rows=micro * length)
     work = job.loading() + forward.times((2 if adapter else 3) + again) + Work(passes=forward.passes, fixed_s=TRAINER_S)
     if "quant_type" in settings:  # every weight is decoded for each pass
         work += Work(moved=batches * s.linears * 4 * 3 * (2 + again))
-    kept = micro * length * (s.vocabulary * 4 * 4 + (s.blocks * s.width if again else s.spans) * 4.0)
-    state = 0 if adapter else 12 * s.parameters
-    disk = made_by(job).operands
+    kept = micro * length * (s.blocks * s.width if again else s.spans) * 4.0
+    if teachers := len(job.models("teacher.")):
+        work += Work(2 * batches * micro * length * s.head * (teachers + 1))
+        kept += settings["chunk"] * s.vocabulary * 4 * 5 + teachers * s.head * job.item
+    else:
+        kept += micro * length * s.vocabulary * 4 * 4
+    trained = 0 if adapter else trained_share(settings, s) * s.parameters
+    state, disk = 12 * trained, made_by(job).operands
+    if "parameters" in settings:
+        state += 4 * trained * (job.item < 4)
+        disk = max(trained * s.weight_bytes - (s.linears * s.weight_bytes - disk), 0)
     return work + Work(memory=job.loading().memory + kept + state + TRAINER + 2 * disk, disk=disk)
+
+
+def trained_share(settings: Mapping[str, Any], shape: Shape) -> float:
+    """Of a model's parameters the part that is trained, where weights themselves are."""
+    linears = shape.linears / max(shape.parameters, 1)
+    shares = {"all": 1.0, "norm": 0.0, "bias": 0.0, "embedding": 1 - linears}
+    blocks = settings.get("last_blocks", 0) / max(shape.blocks, 1)
+    return shares.get(settings.get("parameters", "all"), linears) * (min(blocks, 1.0) or 1.0)
+
+
+def teach(job: Job) -> Work:
+    sequences, length = job.windows()
+    rows = max(2048, length) * (job.shape.spans / max(job.shape.blocks, 1)) * job.item
+    held = Work(memory=job.loading().memory + rows, disk=sequences * length * job.shape.width * job.item)
+    return job.loading() + job.forward(sequences, length) + held
 
 
 def adopt(job: Job) -> Work:
     stored = job.shape.parameters * job.shape.weight_bytes
     return job.loading() + Work(moved=stored * 10, fixed_s=IMPORT_S, disk=stored + TOKENIZER)
+
+
+def member(job: Job) -> Work:
+    stored = job.shape.parameters * job.shape.weight_bytes
+    return Work(moved=stored * 10, fixed_s=IMPORT_S, memory=SHARD + 1e8, disk=made_by(job).operands)
 
 
 def export(job: Job) -> Work:
@@ -347,10 +375,24 @@ def speed(job: Job) -> Work:
 
 def merge(job: Job) -> Work:
     s, (sequences, length), n = job.shape, job.windows(), len(job.models("member."))
-    tried = max(n - 1, 1) if job.settings.get("mode") != "uniform" else 1
+    tried = questions_of(job, n)
     disk = made_by(job).operands
     trials = (job.forward(sequences, length, head=1) + Work(moved=40 * s.linears * n)).times(tried)
-    return job.scoring() + trials + Work(memory=job.scoring().memory + disk, disk=disk)
+    gradients = job.item * s.parameters + length * (8 * s.vocabulary + 4 * s.spans) if is_learned(job) else 0
+    return job.scoring() + trials + Work(memory=job.scoring().memory + gradients + min(disk, SHARD), disk=disk)
+
+
+def questions_of(job: Job, members: int) -> float:
+    """Passes over the selection windows that a merge takes; a gradient counts for three."""
+    known = METHODS.get(job.spec["method"])
+    settings: Any = known(**job.settings) if known else None
+    asked = settings.questions(members) if isinstance(settings, MergeMethod) else members - 1
+    return max(1.0, asked * (3 if is_learned(job) else 1))
+
+
+def is_learned(job: Job) -> bool:
+    """Whether a merge asks for gradients."""
+    return job.settings.get("mode") == "learned"
 
 
 def levels(job: Job) -> Work:
@@ -389,9 +431,8 @@ def assemble(job: Job) -> Work:
 WORK: dict[str, Callable[[Job], Work]] = {
     f.__name__: f
     for f in (
-        import_model, adopt, corpus, questions, pairs, benchmark, tokens, score, calibrate, gradients, compress, train, export,
-        evaluate, speed, merge, levels,
-        allocate, assemble,
+        import_model, adopt, member, corpus, questions, pairs, benchmark, tokens, score, calibrate, gradients, compress, teach,
+        train, export, evaluate, speed, merge, levels, allocate, assemble,
     )
 }  # fmt: skip
 """Task type -> its work."""
@@ -412,18 +453,30 @@ def made_by(job: Job) -> Made:
     if kind == "assemble":
         levels = job.models("level.")
         return Made(sum(level.operands for level in levels) / max(len(levels), 1))
+    if kind == "member":
+        adapter = job.spec["identity"]["format"] == "adapter"
+        return Made(2 * 4.0 * 8 * shape.spans if adapter else shape.parameters * float(shape.weight_bytes), adapter)
     if kind == "merge":
         members = job.models("member.")
-        adapter = all(member.adapter for member in members)
-        return Made(sum(member.operands for member in members) if adapter else 4.0 * shape.linears, adapter)
+        known = METHODS.get(job.spec["method"])
+        adapter = all(member.adapter for member in members) and getattr(known, "keeps_updates", True)
+        dense = float(shape.linears * shape.weight_bytes)
+        return Made(sum(member.operands for member in members) if adapter else dense, adapter)
     operands = 0.0
+    if kind == "train" and "parameters" in settings:  # what was pruned stays so, and takes the bytes that it did
+        return Made(job.made.get("model", Made()).operands or shape.linears * float(shape.weight_bytes))
     if kind == "compress" and "ratio" in settings:
         return Made(shape.linears * settings["ratio"] * shape.weight_bytes)
     if kind == "compress" and "rank" in settings:  # a term beside what is there
         return Made(job.made.get("model", Made()).operands + 2.0 * settings["rank"] * shape.spans)
-    if "rank" in settings:  # the update as operands, and once more as the adapter's own file
+    if getattr(METHODS.get(job.spec.get("method", "")), "writes_dense", False):
+        operands += 4.0 * shape.linears
+    elif "rank" in settings:  # the update as operands, and once more as the adapter's own file
         operands += 2 * 4.0 * settings["rank"] * shape.spans
-    if "quant_type" in settings:
+    beneath = job.made.get("model", Made()).operands
+    if "quant_type" in settings and beneath:  # what is there stays as it is
+        operands += beneath
+    elif "quant_type" in settings:
         operands += shape.linears * (4.13 if settings.get("double_quant", True) else 4.5) / 8
     elif "sparsity" in settings:  # which weights stay, and these
         index = 1 if settings.get("pattern", "unstructured") == "unstructured" else 0.75
@@ -431,5 +484,5 @@ def made_by(job: Job) -> Made:
     elif kind == "compress" and hasattr(METHODS.get(job.spec["method"]), "bits_per_weight"):
         method: Any = METHODS[job.spec["method"]](**settings)
         operands += shape.linears * method.bits_per_weight(shape.width or USUAL_WIDTH) / 8
-    adapter = kind == "train" and "rank" in settings and "quant_type" not in settings
+    adapter = kind == "train" and "init_seed" in settings and "quant_type" not in settings
     return Made(operands or shape.linears * float(shape.weight_bytes), adapter)

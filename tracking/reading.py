@@ -33,7 +33,7 @@ def verdict(is_distinct: bool | None) -> str:
 
 def sentences(record: Record) -> list[str]:
     """How far the sweep is, what the front spans, what stands against the base, which recipe won at equal settings."""
-    return [*progress(record), *against_base(record), *at_equal_settings(record)]
+    return [*progress(record), *against_base(record), *against_members(record), *at_equal_settings(record)]
 
 
 def progress(record: Record) -> list[str]:
@@ -82,6 +82,23 @@ def against_base(record: Record) -> list[str]:
                 f"{units.size(least['metrics'][BYTES])}, {units.number(ratio)} times smaller."
             )
     return said
+
+
+def against_members(record: Record) -> list[str]:
+    """Every merge against the member that was best on the selection split: both on the test split, which chose neither."""
+    name, trials = labels(record), {t["trial"]: t for t in measured(record, PPL)}
+    said = []
+    for merge in trials.values():
+        best = trials.get(next(iter(merge.get("members") or []), ""))
+        difference = compare(merge, best) if best else None
+        if best and difference:
+            change, low, high = (units.percent(x, signed=True) for x in (difference.change, difference.low, difference.high))
+            said.append(
+                f"{name[merge['trial']]}, of {len(merge['members'])} members: perplexity on the test split {change} ({low} to "
+                f"{high}) against {name[best['trial']]}, the best of them on the selection split: "
+                f"{verdict(difference.beyond_noise)}."
+            )
+    return said[:MOST_COMPARISONS]
 
 
 def describe(trial: Trial) -> str:

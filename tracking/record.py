@@ -12,7 +12,8 @@
     trials          [{trial, block, recipe, overrides, status, metrics, artifact, export_path, opens_with, pareto, error,
                     notes, tasks [{task, type, label, status, wall_s, shared_by}], config, curves {name: [[step, value]]},
                     windows {nll: [sum over each test window], tokens: [...]}, answers {metric: a character for each question:
-                    1 right, 0 wrong, 5 half}, directions {metric: "higher" or "lower"}, uid}]
+                    1 right, 0 wrong, 5 half}, directions {metric: "higher" or "lower"}, members [names of what a merge was made
+                    of, the best on the selection split first], uid}]
 
 Times are ISO 8601. A metric that was not measured is absent or null. An error is {failure, message, task or null}.
 """

@@ -8,6 +8,7 @@ The digest (BLAKE3) of the content is part of the name: what does not match it i
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 import time
@@ -19,7 +20,7 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from pare.workers.blobs import Blobs
+from pare.workers.blobs import Blobs, StoreError
 from pare.workers.hidden_states import HiddenStates
 
 EVERY_S = 30.0
@@ -41,11 +42,16 @@ class Checkpoint:
         """Whether so many seconds have gone by since the last save, or since this object was made."""
         return time.monotonic() - self._since >= max(every_s, PAUSE * self._took)
 
-    def save(self, state: dict[str, Any], pieces: Mapping[str, Callable[[], dict[str, Any]]] | None = None) -> None:
+    def save_piece(self, name: str, content: dict[str, Any]) -> None:
+        """Keeps one of several ranks' part of a state that the first of them is about to save."""
+        self._write(f"pieces/{name}", content)
+
+    def save(self, state: dict[str, Any], pieces: Mapping[str, Callable[[], dict[str, Any]] | None] | None = None) -> None:
         """Keeps `state`: dicts, lists and tuples of tensors (on any device) and plain JSON values.
 
-        pieces: name -> what makes it, of all that this state builds upon. Called for the names that are not kept yet, one
-            after another, before the state is written. Pieces that no kept state builds upon go.
+        pieces: name -> what makes it, of all that this state builds upon; None where `save_piece` has kept it. Called for
+            the names that are not kept yet, one after another, before the state is written. Pieces that no kept state
+            builds upon go.
 
         Raises:
             StoreError: the place is full or cannot be written. What was saved before still holds.
@@ -55,6 +61,8 @@ class Checkpoint:
         kept = {name_of(key) for key in self._keys("pieces/")}
         for name, make in (pieces or {}).items():
             if name not in kept:
+                if make is None:
+                    raise StoreError(errno.ENOENT, f"{self._prefix}/pieces/{name}, part of a checkpoint, is missing")
                 self._write(f"pieces/{name}", make())
         old = self._keys()
         number = int(name_of(old[-1])) + 1 if old else 1
@@ -118,7 +126,10 @@ class NothingKept(Checkpoint):
     def due(self, every_s: float = EVERY_S) -> bool:
         return False
 
-    def save(self, state: dict[str, Any], pieces: Mapping[str, Callable[[], dict[str, Any]]] | None = None) -> None:
+    def save_piece(self, name: str, content: dict[str, Any]) -> None:
+        pass
+
+    def save(self, state: dict[str, Any], pieces: Mapping[str, Callable[[], dict[str, Any]] | None] | None = None) -> None:
         pass
 
     def latest(self) -> dict[str, Any] | None:

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from pare.methods.ops.heads import Head, Project, head_of, in_float32
 from pare.workers.models import ModelArtifact
 from pare.workers.task import TaskError
 
@@ -32,47 +33,11 @@ FORWARD_TOKENS = 2048
 DRAWS = 1000
 """Bootstrap draws behind an interval."""
 
-HEAD_ROWS = 8192
-"""Rows of a head of lower precision that are in float32 at a time."""
 
-
-class Head:
-    """The way from a final hidden state to logits: a matrix, and what some families do to its output."""
-
-    def __init__(self, project: Callable[[Tensor], Tensor], config: Mapping[str, Any]) -> None:
-        self.project = project
-        self.vocabulary: int = config["vocab_size"]
-        self.cap: float | None = config.get("final_logit_softcapping")
-        self.factor: float = config.get("logit_scale") or 1 / (config.get("logits_scaling") or 1)
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden (positions, width) -> logits (positions, vocabulary), float32."""
-        logits = self.project(hidden).float() * self.factor
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
-
-
-def in_float32(weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
-    """hidden (positions, width) -> hidden @ weight.T + bias in float32, whatever the dtype of weight (vocabulary, width)."""
-
-    def project(hidden: Tensor) -> Tensor:
-        x = hidden.float()
-        if weight.dtype == torch.float32:
-            return nn.functional.linear(x, weight, bias)
-        logits = torch.cat([nn.functional.linear(x, rows.float()) for rows in weight.split(HEAD_ROWS)], dim=-1)
-        return logits if bias is None else logits + bias.float()
-
-    return project
-
-
-def head_of(model: nn.Module) -> Head:
-    """The model's own head; a plain linear one computes in float32, any other as it will."""
-    output = model.get_output_embeddings()
-    plain = type(output) is nn.Linear and output.weight.is_floating_point()
-    return Head(in_float32(output.weight, output.bias) if plain else output, model.config.to_dict())
-
-
-def body_and_head(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Head]:
+def body_and_head(model: nn.Module) -> tuple[Callable[..., Tensor], Head]:
     """(input ids (sequences, length) -> final hidden states (sequences, length, width), hidden states -> logits).
+
+    The first also takes what else the body reads, such as `position_ids`.
 
     Raises:
         TaskError: the two together do not give the logits of the model, so its family ends in a way not known here; or the
@@ -82,8 +47,8 @@ def body_and_head(model: nn.Module) -> tuple[Callable[[Tensor], Tensor], Head]:
     body: nn.Module = model.base_model
     head = head_of(model)
 
-    def hidden_states(ids: Tensor) -> Tensor:
-        return body(input_ids=ids, use_cache=False).last_hidden_state
+    def hidden_states(ids: Tensor, **more: Tensor) -> Tensor:
+        return body(input_ids=ids, use_cache=False, **more).last_hidden_state
 
     probe = torch.arange(8, device=next(model.parameters()).device)[None] % model.config.vocab_size
     with torch.inference_mode():
@@ -135,8 +100,10 @@ class Teacher:
     """The base as it is remembered for comparison."""
 
     hidden: Tensor
-    """Final hidden states (sequences, length, width) on the test windows."""
+    """Final hidden states (sequences, length, width) on the windows that it was shown."""
     head: Head
+    model: ModelArtifact | None = None
+    """What it is."""
 
 
 @dataclass
@@ -290,24 +257,36 @@ def per_window(predictions: Predictions) -> dict[str, list[float]]:
 
 
 def write_teacher(directory: Path, model: nn.Module, fingerprint: str, hidden: Tensor, nll: Tensor) -> None:
-    """Keeps the hidden states and the words for where the head lies: in the artifact of that fingerprint, by name."""
+    """Keeps the hidden states, and says where the head lies."""
     save_file({"hidden": hidden.contiguous(), "nll": nll.contiguous()}, directory / "hidden.safetensors")
     (directory / "hidden.safetensors").chmod(0o644)  # safetensors writes 0600
+    write_head(directory, model, fingerprint)
+
+
+def write_head(directory: Path, model: nn.Module, fingerprint: str) -> None:
+    """Says where the head of a teacher lies: in the artifact of that fingerprint, by the names of its parameters."""
     wanted = dict(model.get_output_embeddings().named_parameters())
     head = {role: name for role, own in wanted.items() for name, p in model.named_parameters() if p is own}
     (directory / "teacher.json").write_text(json.dumps({"model": fingerprint, "head": head}, indent=1))
 
 
 def open_teacher(
-    directory: Path, resolve: Callable[[str], Path], dtype: torch.dtype, device: torch.device | str = "cpu"
+    directory: Path,
+    resolve: Callable[[str], Path],
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    project: Callable[..., Project] = in_float32,
 ) -> Teacher:
-    """The inverse of `write_teacher`; the head is read from the artifact it names."""
+    """The inverse of `write_teacher`; the head is read from the artifact it names. Hidden states of `dtype` stay in the file.
+
+    project: how the head computes, made of its weight and bias.
+    """
     content = json.loads((directory / "teacher.json").read_text())
     model = ModelArtifact(resolve(content["model"]), resolve)
     head = {role: model.materialise(name).to(device, dtype) for role, name in content["head"].items()}
     config = json.loads((model.dense.directory / "config.json").read_text())
     hidden = load_file(directory / "hidden.safetensors")["hidden"].to(dtype)
-    return Teacher(hidden, Head(in_float32(**head), config))
+    return Teacher(hidden, Head(project(**head), config), model)
 
 
 def read_windows(directory: Path) -> Tensor:

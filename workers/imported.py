@@ -102,16 +102,16 @@ def check_gguf(file: Path, where: str) -> None:
         raise SourceError(f"{where}: is cut short: {wanted} bytes expected, got {there}. Copy or download it again", KEY)
 
 
-def check_adapter(directory: Path, where: str) -> None:
+def check_adapter(directory: Path, where: str, key: str = KEY) -> None:
     need_packages("adapter", where)
-    kind = read_json(directory / "adapter_config.json", where, KEY).get("peft_type")
+    kind = read_json(directory / "adapter_config.json", where, key).get("peft_type")
     if not isinstance(kind, str):
-        raise SourceError(f"{where}: adapter_config.json names no `peft_type`, e.g. LORA", KEY)
+        raise SourceError(f"{where}: adapter_config.json names no `peft_type`, e.g. LORA", key)
     if not (directory / "adapter_model.safetensors").is_file():
         pickles = sorted(p.name for pattern in PICKLES for p in directory.glob(pattern))
         pickled = f"the adapter is only in {pickles[0]}, a pickle, which can run code when opened" if pickles else ""
-        raise SourceError(f"{where}: {pickled or 'holds no adapter'}. Pare reads adapter_model.safetensors", KEY)
-    directory_shapes(directory, KEY, "adapter_model")
+        raise SourceError(f"{where}: {pickled or 'holds no adapter'}. Pare reads adapter_model.safetensors", key)
+    directory_shapes(directory, key, "adapter_model")
 
 
 def way_of_opening(quantised: Mapping[str, Any]) -> str:

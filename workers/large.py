@@ -22,9 +22,10 @@ from pare.methods.anatomy.calls import Call, block_inputs
 from pare.methods.anatomy.describe import UnknownModel
 from pare.methods.anatomy.reads import one_expert_at_a_time
 from pare.methods.anatomy.views import parse, view
+from pare.methods.ops.heads import head_of
 from pare.methods.parts.formula import Formula
 from pare.workers.blocks import BlockByBlock, Read, from_artifact
-from pare.workers.evaluation import LOGIT_BYTES, head_of
+from pare.workers.evaluation import LOGIT_BYTES
 from pare.workers.export.pare_form import STEM, TABLE
 from pare.workers.memory import free_on
 from pare.workers.models import ModelArtifact, dense_index, within_name

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pare.methods.anatomy.views import parse, view, weight_of
 from pare.methods.parts.formula import Dense, Formula
+from pare.methods.parts.linear import FrozenLinear
 from pare.workers.loading import is_loading
 from pare.workers.quantised_inputs import quantise_inputs
 from pare.workers.shards import ShardWriter
@@ -90,6 +91,11 @@ class ModelArtifact:
         formula = self.formula(name)
         if formula is not None and formula.op == "replace":
             return formula
+        said = parse(name)
+        if formula is None and not said.is_plain and said.parameter in self.table:
+            whole = self.effective(said.parameter)
+            dense = whole.parts[0] if len(whole.parts) == 1 else None
+            return Formula([Dense(view(dense.weight if isinstance(dense, Dense) else whole.materialise(), name))])
         beneath = self.base.effective(name) if self.base else Formula([Dense(torch.atleast_2d(self.stored(name)))])
         return beneath.plus(formula) if formula else beneath
 
@@ -274,13 +280,24 @@ def skeleton_of(config: PretrainedConfig) -> nn.Module:
 
 
 @is_loading
-def load_in_memory(artifact: ModelArtifact, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
-    """The model that an artifact stands for, every weight worked out from its parts. Never reads an export."""
+def load_in_memory(
+    artifact: ModelArtifact, dtype: torch.dtype, device: torch.device | str = "cpu", frozen: bool = False
+) -> nn.Module:
+    """The model that an artifact stands for, every weight worked out from its parts. Never reads an export.
+
+    frozen: linears whose weight has a formula are `FrozenLinear`, which keep it as it is; they cannot be trained.
+    """
     model = load_dense(artifact.dense.directory, dtype, device)
     with torch.no_grad():
         for name in artifact.compressed_names():
+            module = name.removesuffix(".weight")
+            if frozen and module != name and isinstance(linear := model.get_submodule(module), nn.Linear):
+                model.set_submodule(module, FrozenLinear(artifact.effective(name).to(device), linear.bias, dtype).eval())
+                continue
             weight = weight_of(model, name)
             weight.copy_(artifact.materialise(name))
+    if frozen:
+        return model
     rounding = [name for name in artifact.compressed_names() if artifact.has_quantised_input(name)]
     quantise_inputs(model, ((name, artifact.effective(name)) for name in rounding))
     return model

@@ -462,7 +462,7 @@ class Stoppable(Checkpoint):
         self.used = True
         return super().latest()
 
-    def save(self, state: dict[str, Any], pieces: Mapping[str, Callable[[], dict[str, Any]]] | None = None) -> None:
+    def save(self, state: dict[str, Any], pieces: Mapping[str, Callable[[], dict[str, Any]] | None] | None = None) -> None:
         super().save(state, pieces)
         if STOP.is_set():
             raise Stopped

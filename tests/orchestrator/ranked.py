@@ -12,17 +12,19 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pare.methods.contract import Context
-from pare.methods.finetune.lora import Lora
+from pare.methods.finetune.full import Full
 from pare.workers.ranks import Ranks
 from pare.workers.task import TaskContext, TaskError
 from pare.workers.training import Engine, train
+from pare.workers.zero import Zero
 
 DATA = {"input_ids": torch.randint(96, (24, 16), generator=torch.Generator().manual_seed(3))}
 
 
 def run(ctx: TaskContext) -> dict[str, Any]:
-    """spec: settings of LoRA; save_every_s; told: a directory for the ranks' process ids; at the step `at`, `fail` (a
-    failure class) ends the second rank, and `wait` all of them for so many seconds, if the file told/waited is not there.
+    """spec: settings of full fine-tuning; dropout of attention; zero: stage of DeepSpeed, 0 for plain torch; save_every_s;
+    told: a directory for the ranks' process ids; at the step `at`, `fail` (a failure class) ends the second rank, and `wait`
+    all of them for so many seconds, if the file told/waited is not there.
     """
     spec, ranks, cpu = ctx.spec, Ranks.here(), torch.device("cpu")
     told = Path(spec["told"])
@@ -41,11 +43,12 @@ def run(ctx: TaskContext) -> dict[str, Any]:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-    )
-    method = Lora(**spec["settings"])
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        attention_dropout=spec.get("dropout", 0.2),
+    )  # fmt: skip
+    method = Full(**spec["settings"])
     model = method.prepare(LlamaForCausalLM(config).eval(), Context(cpu, 3))
-    engine = Engine(cpu, torch.float32, ranks=ranks)
+    engine = Engine(cpu, torch.float32, Zero(spec["zero"]) if spec.get("zero") else None, ranks=ranks)
     steps = train(
         method,
         model,

@@ -168,7 +168,7 @@ def test_every_experiment_and_recipe_file_can_be_loaded() -> None:
     for name in experiments:
         assert config.load([f"experiment={name}"]).trials
     for name in recipes:
-        members = "lora," if name == "soup" else ""
+        members = "lora," if name in ("soup", "merge") else ""
         assert config.load([f"recipe={members}{name}"]).trials
 
 
@@ -311,6 +311,17 @@ def test_a_merge_ranges_over_the_trials_of_its_blocks_on_the_same_base() -> None
         names = {t.name for t in candidates(soup, found)}
         assert len(names) == 4
         assert names == {t.name for t in found if t.recipe == "lora" and t.model.source == soup.model.source}
+
+
+def test_methods_of_a_stage_are_swept_in_the_recipes_that_have_the_stage() -> None:
+    found = config.load(["recipe=base,lora,merge", "recipe.tune.rank=2,4", "method@recipe.merge=ties,dare"]).trials
+
+    assert [(t.block, [s.method for s in t.stages]) for t in found] == [
+        ("base", []), ("lora", ["lora"]), ("lora", ["lora"]), ("merge", ["ties"]), ("merge", ["dare"]),
+    ]  # fmt: skip
+    assert [t.name for t in found][3:] == ["merge-merge=ties", "merge-merge=dare"]
+    with pytest.raises(ConfigError, match=r"method@recipe.mrge"):
+        config.load(["recipe=lora,merge", "method@recipe.mrge=ties"])
 
 
 def test_a_merge_whose_members_are_all_skipped_is_refused() -> None:

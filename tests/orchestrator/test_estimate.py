@@ -236,6 +236,15 @@ def test_the_bytes_of_codes_and_adapters_follow_from_the_settings() -> None:
     assert estimate(lora, "export").disk_bytes < estimate(plan, "export").disk_bytes < estimate(plan, "import_model").disk_bytes
 
 
+def test_qlora_adds_to_the_codes_of_the_stage_before_and_makes_none() -> None:
+    stages = ["recipe=gptq", "recipe.quantize.bits=2", "+method@recipe.tune=qlora"]
+    tuned, codes = (estimate(plan_of(*stages), kind).disk_bytes for kind in ("train", "compress"))
+    lora = estimate(plan_of("recipe=lora"), "train").disk_bytes
+
+    assert tuned == codes + lora
+    assert estimate(plan_of("recipe=qlora"), "train").disk_bytes > tuned, "4 bits, and not 2"
+
+
 def test_memory_counts_what_waits_in_it_and_not_what_lies_in_files() -> None:
     def peak(sequences: int) -> float:
         size = [f"data.calibration.sequences={sequences}", "data.calibration.length=2048"]

@@ -12,8 +12,10 @@ from pare.workers.sources import describe_model
 from pare.workers.tiny import tiny_tokenizer
 from tests.methods.anatomy.tiny_models import CONFIGS, tiny
 
+SHAPED = ["MixtralForCausalLM", "GPT2LMHeadModel", "MambaForCausalLM", "Mamba2ForCausalLM", "Qwen2MoeForCausalLM"]
 
-@pytest.mark.parametrize("architecture", ["MixtralForCausalLM", "GPT2LMHeadModel", "MambaForCausalLM", "Qwen2MoeForCausalLM"])
+
+@pytest.mark.parametrize("architecture", SHAPED)
 def test_shapes_are_known_before_there_are_weights_as_methods_see_them(architecture: str, tmp_path: Path) -> None:
     from pare.methods.anatomy.describe import describe
 

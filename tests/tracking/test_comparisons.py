@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pare.tracking import comparisons, report
+from pare.tracking import comparisons, reading, report
 from pare.tracking.paired import DRAWS, compare
 from pare.tracking.pareto import front, mark_front, objective
 from pare.tracking.record import direction
@@ -183,3 +183,37 @@ def test_the_report_says_how_perplexity_was_measured(record: dict[str, Any]) -> 
 
     assert "8 windows of 512 tokens, no overlap" in report.headline(record)
     assert "test tokens" not in report.headline(record)
+
+
+def soups(chosen: float, other: float) -> dict[str, Any]:
+    """Two members and a soup of them, of these shifts in nats per window against the soup; the first is best on selection."""
+
+    def made(name: str, shift: float, **more: Any) -> dict[str, Any]:
+        kept = windows(2, 40)
+        kept["windows"]["nll"] = [x + shift for x in kept["windows"]["nll"]]
+        trial = records.trial(name, name, {}, 20.0, 1e6, **kept, **more)
+        return {**trial, "trial": name}
+
+    members = [made("chosen", chosen), made("other", other)]
+    return records.record([*members, made("soup", 0.0, members=["chosen", "other", "path0"])])
+
+
+def test_a_soup_is_held_against_the_member_that_the_selection_split_chose_on_the_test_split() -> None:
+    """Not against the one that is best on the test split, which nobody could have known."""
+    (said,) = reading.against_members(soups(chosen=3.0, other=-5.0))
+
+    assert said.startswith("soup, of 3 members: perplexity on the test split −")
+    assert "against chosen, the best of them on the selection split: beyond noise." in said
+    assert said in reading.sentences(soups(chosen=3.0, other=-5.0))
+    (said,) = reading.against_members(soups(chosen=0.0, other=-5.0))
+    assert "±0" in said
+    assert said.endswith("not distinguishable.")
+
+
+def test_a_soup_whose_best_member_is_no_trial_or_did_not_finish_is_held_against_none() -> None:
+    record = soups(1.0, 2.0)
+    record["trials"][2]["members"] = ["path0", "chosen"]
+    assert reading.against_members(record) == []
+    record["trials"][2]["members"] = ["chosen"]
+    record["trials"][0]["status"] = "failed"
+    assert reading.against_members(record) == []

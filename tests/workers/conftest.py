@@ -20,6 +20,7 @@ from pare.workers.checkpoint import Checkpoint
 from pare.workers.models import ModelArtifact, write_formulas
 from pare.workers.task import TaskContext
 from pare.workers.tiny import TinySettings, tiny_config, tiny_tokenizer
+from tests.workers.merging import Sweep, trained_sweep
 
 BASE = "fingerprint-of-the-base"
 
@@ -120,3 +121,15 @@ def attempt_checkpoint(tmp_path: Path) -> Callable[[], Checkpoint]:
 @pytest.fixture(scope="session")
 def codes() -> Callable[..., Codes]:
     return integer_codes
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
+    """A trained base, three adapters of unlike ranks and targets, one that was trained much too fast, and another base."""
+    return trained_sweep(tmp_path_factory.mktemp("sweep"))
+
+
+@pytest.fixture
+def sweep(trained: Sweep, tmp_path: Path) -> Sweep:
+    """The trained members, and a directory of the test's own for what it makes."""
+    return Sweep(tmp_path, dict(trained.places))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pare.methods.ops import heads
 from pare.workers import evaluation
 from pare.workers.models import load_dense, load_in_memory
 from pare.workers.task import TaskError
@@ -168,7 +169,7 @@ def test_logits_are_made_in_float32_also_by_a_head_of_lower_precision(random_lla
 def test_rows_of_a_head_that_are_taken_in_pieces_and_its_bias_all_count(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, bias, hidden = (torch.randn(n, generator=generator).bfloat16() for n in ((9, 4), (9,), (3, 4)))  # type: ignore[arg-type]
-    monkeypatch.setattr(evaluation, "HEAD_ROWS", 4)
+    monkeypatch.setattr(heads, "HEAD_ROWS", 4)
 
     found = evaluation.in_float32(weight, bias)(hidden)
 

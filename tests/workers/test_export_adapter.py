@@ -15,16 +15,20 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from pare.methods.contract import Context
+from pare.methods.contract import METHODS, Context, load_all
 from pare.methods.finetune.lora import Lora
 from pare.methods.finetune.qlora import Qlora
 from pare.methods.ops.bnb4bit import QUANT_TYPES
+from pare.methods.ops.tuner_kinds import KINDS as KINDS_OF_TUNERS
+from pare.methods.parts.codes import Codes
 from pare.workers.export.adapter import export_adapter, open_adapter, relocate
 from pare.workers.export.schemes import Inexpressible
 from pare.workers.models import ModelArtifact, load_dense, load_in_memory, write_formulas
 from pare.workers.tiny import TinySettings, tiny_config, tiny_tokenizer
+from tests.workers.conftest import Workshop
 
 bnb = pytest.importorskip("bitsandbytes")
+load_all()
 
 CPU = torch.device("cpu")
 IDS = torch.arange(32).view(2, 16)
@@ -55,7 +59,7 @@ class Made:
 def make(base: Path, tmp_path: Path) -> Callable[..., Made]:
     """Makes a model artifact by a method, with adapters as training would have left them, and exports it."""
 
-    def made(method: Lora | Qlora, beneath: Path | None = None) -> Made:
+    def made(method: Any, beneath: Path | None = None) -> Made:
         places = {BASE: base, "beneath": beneath or base}
         directory, out = tmp_path / "artifact", tmp_path / "export"
         directory.mkdir()
@@ -66,6 +70,8 @@ def make(base: Path, tmp_path: Path) -> Callable[..., Made]:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.1)
+            elif parameter.requires_grad and method.name in KINDS_OF_TUNERS:
+                parameter.data += 0.05 * torch.randn_like(parameter)
         formulas = method.finish(model, directory)
         write_formulas(directory, "beneath" if beneath else BASE, formulas)
         artifact = ModelArtifact(directory, places.__getitem__)
@@ -91,6 +97,26 @@ def test_the_opened_export_is_the_in_memory_model(make: Callable[..., Made], bas
 
     assert torch.allclose(opened, in_memory(made), atol=1e-5)
     assert not torch.allclose(opened, logits(load_dense(base, torch.float32)), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "name", ["dora", "pissa", "adalora", "vera", "loha", "ia3", "oft", "boft", "miss", "shira", "ln_tuning"]
+)
+@pytest.mark.parametrize("on_codes", [False, True])
+def test_the_export_of_any_tuner_is_the_in_memory_model_on_a_dense_and_on_a_compressed_base(
+    make: Callable[..., Made], workshop: Workshop, codes: Callable[..., Codes], base: Path, name: str, on_codes: bool
+) -> None:
+    """Codes that compressed-tensors has words for: they ship as such, and peft wraps what comes out of them."""
+    artifact = Workshop(base, workshop.root).artifact
+    beneath = artifact("codes", lambda module, weight: codes(weight, 4, 32)) if on_codes else None
+
+    made = make(METHODS[name](), beneath=beneath)  # type: ignore[call-arg]
+
+    opened = logits(open_adapter(made.out, torch.float32, CPU))
+    assert ("compressed-tensors" in made.opens_with) == on_codes
+    assert torch.allclose(opened, in_memory(made), atol=1e-4)
+    untuned = load_in_memory(ModelArtifact(beneath or base, {BASE: base}.__getitem__), torch.float32)
+    assert (opened - logits(untuned)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(("quant_type", "double"), KINDS)

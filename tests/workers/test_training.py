@@ -17,10 +17,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pare.methods.contract import Context
+from pare.methods.contract import Context, TrainMethod
+from pare.methods.finetune.full import Full
 from pare.methods.finetune.lora import Lora
+from pare.methods.ops.adapters import updates
+from pare.methods.ops.grids import IntegerGrid
+from pare.methods.parts.formula import Formula
 from pare.workers.checkpoint import NO_CHECKPOINT, Checkpoint
-from pare.workers.models import ModelArtifact, load_in_memory
+from pare.workers.models import ModelArtifact, load_in_memory, write_formulas
 from pare.workers.task import TaskContext, TaskError
 from pare.workers.tasks import train as train_task
 from pare.workers.training import Engine, Step, shuffled, train
@@ -318,6 +322,98 @@ def test_nothing_is_printed_and_nothing_is_left_but_the_curve(tmp_path: Path, ca
     assert not model.training
 
 
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "paged_adamw_8bit"])
+def test_an_8_bit_optimizer_learns_and_keeps_two_bytes_a_weight(
+    tmp_path: Path, attempt_checkpoint: Callable[[], Checkpoint], optimizer: str
+) -> None:
+    """Of tensors of 4,096 numbers and more; the scales of blocks of 256 and a table of 256 entries come on top."""
+    pytest.importorskip("bitsandbytes")
+    method = Lora(rank=128, steps=12, batch_size=2, learning_rate=1e-2, optimizer=optimizer)
+    model, checkpoint = method.prepare(llama(), Context(CPU)), attempt_checkpoint()
+
+    steps = train(method, model, DATA, tmp_path, 0, Engine(CPU, torch.float32), checkpoint=checkpoint)
+
+    saved = checkpoint.latest()
+    assert saved is not None
+    assert steps[-1].loss < steps[0].loss - 0.1
+    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
+    assert min(sizes) >= 4096
+    states = [state["__bnb_optimizer_quant_state__"] for state in saved["optimizer"]["state"].values()]
+    held = [sum(state[name].nbytes for name in ("state1", "state2", "absmax1", "absmax2")) for state in states]
+    assert sum(held) == pytest.approx(2 * sum(sizes), rel=0.04)
+
+
+@pytest.mark.parametrize("cls", [Lora, Full])
+def test_recomputed_activations_change_memory_and_not_the_result(tmp_path: Path, cls: type[TrainMethod]) -> None:
+    results: list[tuple[list[Step], Tensor]] = []
+    passes: list[int] = []
+    for again in (False, True):
+        method = cls(steps=2, batch_size=2, learning_rate=1e-2, gradient_checkpointing=again)
+        model = method.prepare(llama(), Context(CPU))
+        seen: list[None] = []
+        (up,) = (module for name, module in model.named_modules() if name.endswith("layers.1.mlp.up_proj"))
+        up.register_forward_hook(lambda *args, seen=seen: seen.append(None))
+        steps = train(method, model, DATA, tmp_path, 0, Engine(CPU, torch.float32))
+        results.append((steps, weights(model)))
+        passes.append(len(seen))
+
+    assert passes == [4, 8], "two steps of two passes each, and then each of them twice"
+    assert results[0][0] == results[1][0]
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_data_with_nothing_to_predict_in_a_step_are_refused_before_the_first(tmp_path: Path) -> None:
+    labels = SEQUENCES.clone()
+    rows = shuffled(6, 6, seed=0)
+    labels[rows[2:4], 1:] = -100  # what a row begins with is never predicted
+    method = Lora(steps=3, batch_size=2)
+
+    with pytest.raises(TaskError, match=r"lora: no token of step 2 is to be predicted.* Try: a batch_size above 2") as error:
+        train(
+            method, method.prepare(llama(), Context(CPU)), {**DATA, "labels": labels}, tmp_path, 0, Engine(CPU, torch.float32)
+        )
+
+    assert error.value.failure == "user_error"
+    assert not (tmp_path / "curve.jsonl").exists()
+
+
+def test_a_micro_batch_with_nothing_to_predict_adds_nothing_to_its_step(tmp_path: Path) -> None:
+    labels = SEQUENCES.clone()
+    labels[shuffled(6, 2, seed=0)[0]] = -100
+    method = Lora(steps=1, batch_size=2, micro_batch_size=1)
+
+    (step,) = train(
+        method, method.prepare(llama(), Context(CPU)), {**DATA, "labels": labels}, tmp_path, 0, Engine(CPU, torch.float32)
+    )
+
+    assert step.loss == pytest.approx(mean_loss(llama(), SEQUENCES[shuffled(6, 2, seed=0)[1:]]), abs=1e-5)
+
+
+def test_without_room_for_a_micro_batch_the_error_says_what_makes_room(tmp_path: Path) -> None:
+    @dataclass
+    class Large(Lora):
+        def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    method = Large(steps=1, batch_size=8, micro_batch_size=8)
+    engine = Engine(CPU, torch.float32, halvings=1)
+    with pytest.raises(TaskError, match=r"lora: no room .* micro-batch of 4: .*Try: micro_batch_size=2, gradient_ch") as error:
+        train(method, method.prepare(llama(), Context(CPU)), DATA, tmp_path, 0, engine)
+
+    assert error.value.failure == "oom_gpu"
+
+
+def test_a_method_that_counts_no_token_ends_with_an_error_and_not_a_division_by_zero(tmp_path: Path) -> None:
+    @dataclass
+    class Blind(Lora):
+        def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+            total, tokens = super().loss(model, batch)
+            return total * 0, tokens * 0
+
+    with pytest.raises(TaskError, match="no token of step 1 is to be predicted"):
+        run(Blind(steps=1), tmp_path)
+
+
 def test_an_unknown_optimizer_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"lora\.optimizer must be one of .*adamw_torch.*, got 'adamm'"):
         run(Lora(optimizer="adamm"), tmp_path)
@@ -338,6 +434,31 @@ def context(tmp_path: Path, method: str, dtype: str = "float32", **settings: Any
         resolve={"the-base": base}.__getitem__,
         fingerprint_of={"model": "the-base"},
     )
+
+
+def test_qlora_tunes_through_the_codes_of_the_stage_before_and_leaves_them(tmp_path: Path) -> None:
+    """As LoRA on the values that they stand for, which needs them dense in memory."""
+    pytest.importorskip("bitsandbytes")
+    ctx = context(tmp_path, "qlora", steps=4, batch_size=2, rank=2, learning_rate=1e-2, warmup=0)
+    coded, places = tmp_path / "coded", {"the-base": tmp_path / "base"}
+    coded.mkdir()
+    base, grid = ModelArtifact(tmp_path / "base", Path), IntegerGrid(bits=3, group_size=32)
+    names = [name for name in base.parameter_names() if "_proj" in name]
+    write_formulas(coded, "the-base", {name: Formula([grid.round_to_nearest(base.materialise(name))]) for name in names})
+    places["coded"] = ctx.inputs["model"] = coded
+    ctx.resolve, ctx.fingerprint_of = places.__getitem__, {"model": "coded"}
+
+    train_task.run(ctx)
+
+    made = ModelArtifact(ctx.out, ctx.resolve)
+    assert {formula["op"] for formula in made.table.values()} == {"add"}
+    kinds = [part.kind for part in made.effective(names[0]).parts]
+    assert kinds == ["codes", "low_rank"]
+    method = Lora(steps=4, batch_size=2, rank=2, learning_rate=1e-2, warmup=0)
+    dense = method.prepare(load_in_memory(ModelArtifact(coded, ctx.resolve), torch.float32), Context(CPU, 5))
+    train(method, dense, DATA, tmp_path, 5, Engine(CPU, torch.float32))
+    for name, update in updates(dense).items():
+        torch.testing.assert_close(made.formula(name).materialise(), update.materialise(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -435,6 +556,9 @@ HARD: dict[str, Any] = {
         (Lora, torch.float32, {"schedule": "linear", "warmup": 0.5}, [3, 3, 5]),
         (Lora, torch.float32, {"micro_batch_size": 4, "optimizer": "sgd"}, [6]),
         (Lora, torch.bfloat16, {}, [5]),
+        (Lora, torch.float32, {"rank": 64, "optimizer": "adamw_8bit"}, [3]),
+        (Lora, torch.float32, {"rank": 64, "optimizer": "paged_adamw_8bit"}, [4]),
+        (Lora, torch.float32, {"rank": 64, "optimizer": "paged_adamw_32bit"}, [4]),
         (Everything, torch.float32, {}, [3, 5]),
     ],
 )
