@@ -28,7 +28,7 @@ demo: $(RUN)  ## the main job on a real model: a sweep over unlike methods, endi
 	$(BIN)/pare run experiment=demo
 
 test: $(DEV)  ## the fast tests (at most 10 minutes on 2 cores)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 test-slow: $(DEV)  ## the real end-to-end runs
 	$(BIN)/python -m pytest -m slow --timeout 900 --durations 10

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import inspect
@@ -181,6 +182,8 @@ class TrainMethod(Method):
     """Whether linears that earlier stages have compressed come to `prepare` as `methods.parts.linear.FrozenLinear`."""
     has_teachers: ClassVar[bool] = False
     """Whether it learns from other models: its stage then names them, by default the base model alone."""
+    learns_prompt: ClassVar[bool] = False
+    """Whether what it publishes is a prompt (`methods.ops.prompts.write_prompt`) and no formula, so that no stage can follow."""
     draws_random_numbers: ClassVar[bool] = True
 
     steps: int = 100
@@ -260,7 +263,8 @@ class TrainMethod(Method):
     def finish(self, model: nn.Module, directory: Path) -> dict[str, Formula]:
         """What training made: parameter name of the *base* -> its new formula (see `Formula.op`).
 
-        A method whose result has a file form of its own (a PEFT adapter, say) writes it to `directory`/adapter.
+        A method whose result has a file form of its own (a PEFT adapter, say) writes it to `directory`/adapter. One that
+        `learns_prompt` returns nothing and writes that.
         """
         raise NotImplementedError
 
@@ -580,18 +584,23 @@ def family(cls: type[Method]) -> str:
 
 def field_docs(cls: type) -> dict[str, str]:
     """Setting -> the string literal beneath it, for the class and those it inherits settings from."""
+    return {name: doc for part in reversed(cls.__mro__) for name, doc in own_field_docs(part).items()}
+
+
+@functools.cache  # to find a class in its file takes milliseconds, and most methods share what they inherit from
+def own_field_docs(cls: type) -> dict[str, str]:
+    """`field_docs` of what the class itself declares."""
+    if not dataclasses.is_dataclass(cls):
+        return {}
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    except (OSError, TypeError):  # a class made at run time has no source; its bases have
+        return {}
     docs: dict[str, str] = {}
-    for part in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(part):
-            continue
-        try:
-            body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body  # type: ignore[attr-defined]
-        except (OSError, TypeError):  # a class made at run time has no source; its bases have
-            continue
-        for statement, below in itertools.pairwise(body):
-            text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and isinstance(text, str):
-                docs[statement.target.id] = inspect.cleandoc(text)
+    for statement, below in itertools.pairwise(body):
+        text = below.value.value if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant) else None
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and isinstance(text, str):
+            docs[statement.target.id] = inspect.cleandoc(text)
     return docs
 
 

@@ -105,13 +105,19 @@ class OwnConfigs(SearchPathPlugin):
             search_path.prepend("command-line", f"file://{self.directory}")
 
 
+IN_STORE: dict[str, type] = {}
+"""Name -> the class whose settings the ConfigStore of this process has."""
+
+
 def register_methods(plugins: Iterable[str] = ()) -> None:
     """Puts the settings class of every method into Hydra's ConfigStore, so that a recipe can name it."""
     for plugin in plugins:
         load_plugin(plugin)
     store = ConfigStore.instance()
     for name, cls in load_all().items():
-        store.store(group="method", name=name, node=node_class(cls))
+        if IN_STORE.get(name) is not cls:
+            store.store(group="method", name=name, node=node_class(cls))
+            IN_STORE[name] = cls
 
 
 def load_plugin(plugin: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from pare.workers.corpus import split_documents, topic_documents, write_split
 from pare.workers.sources import resolve_model
@@ -19,9 +21,14 @@ FRACTIONS = {"train": 0.8, "validation": 0.05, "selection": 0.05, "test": 0.1}
 
 
 def pytest_configure() -> None:
-    """A shell that starts the tests in the background has Ctrl-C ignored, in their children too; some tests send it."""
+    # A shell that starts the tests in the background has Ctrl-C ignored, in their children too; some tests send it.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Processes that test side by side share the cores.
+    if (side_by_side := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))) > 1:
+        threads = max(1, (os.cpu_count() or 1) // side_by_side)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

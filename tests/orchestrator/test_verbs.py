@@ -51,8 +51,9 @@ def home(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
 
 @pytest.fixture
-def pare_says(capsys: pytest.CaptureFixture[str]) -> Run:
+def pare_says(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command that has to end with `code`; what it printed, as JSON where it was asked for that."""
+    monkeypatch.setenv("COLUMNS", "200")  # else a slow task widens its column, and words elsewhere break
 
     def run(*arguments: str, code: int = 0) -> Any:
         capsys.readouterr()
