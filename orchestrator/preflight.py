@@ -91,7 +91,7 @@ def shortages(plan: Plan, tasks: Sequence[Task], estimates: Estimates, there: Su
         if have is not None and need > have:
             message = (
                 f"not enough {what}: '{task.label}' needs about {size(need)} for a model of {parameters / 1e6:.1f} M "
-                f"parameters, {size(have)} are free. {remedy}, or take a smaller model (model=tiny)."
+                f"parameters, {size(have)} are free. {less_room(task)}{remedy}, or take a smaller model (model=tiny)."
             )
             found.append(shortage(what, need, have, message) | {"task": task.fingerprint[:12], "label": task.label})
     widest = max(tasks, key=ranks_of)
@@ -109,6 +109,18 @@ def shortages(plan: Plan, tasks: Sequence[Task], estimates: Estimates, there: Su
         )
         found.append(shortage("disk", need, there.disk_bytes, message))
     return found
+
+
+def less_room(task: Task) -> str:
+    """By which settings a training takes less room and learns the same; nothing for other tasks."""
+    if task.type != "train":
+        return ""
+    settings, found = task.spec["settings"], []
+    if (micro_batch := settings.get("micro_batch_size", 1)) > 1:
+        found.append(f"micro_batch_size={micro_batch // 2} (it is {micro_batch}; the batch of a step stays)")
+    if not settings.get("gradient_checkpointing"):
+        found.append("gradient_checkpointing=true")
+    return f"Try: {', '.join(found)}. Or: " if found else ""
 
 
 def shortage(what: str, need: float, have: float, message: str) -> dict[str, Any]:

@@ -58,9 +58,8 @@ def check_config(config: Mapping[str, Any], stage: int, offload: bool) -> None:
     check_keys("engine.config.zero_optimization", zero, ZERO_KEYS)
     if zero.get("stage", stage) not in (stage, "auto"):
         got = zero["stage"]
-        raise ConfigError(
-            f"engine.config.zero_optimization.stage={got} contradicts engine.stage={stage}. Try: engine=deepspeed_zero{got}"
-        )
+        instead = f"engine=deepspeed_zero{got}" if got in (1, 2, 3) else "engine=deepspeed_zero1, 2 or 3, and leave the key out"
+        raise ConfigError(f"engine.config.zero_optimization.stage={got} contradicts engine.stage={stage}. Try: {instead}")
     for key in ("offload_optimizer", "offload_param"):
         if key not in zero:
             continue

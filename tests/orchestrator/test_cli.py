@@ -56,6 +56,11 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
         (["run", "recipe=rtn", "model=hf", "model.path=/no/such/model"], 2, "model.path"),
         (["run", "recipe=rtn", "data=text", "data.path=/no/such/file"], 2, "data.path"),
         (["run", "recipe=rtn", "model=tiny", "cluster.memory_gb=0.01"], 4, "not enough memory"),
+        (
+            ["run", "recipe=lora", "model=tiny", "recipe.tune={batch_size: 4096, micro_batch_size: 4096}", "cluster.memory_gb=8"],
+            4,
+            "Try: micro_batch_size=2048 (it is 4096; the batch of a step stays), gradient_checkpointing=true. Or: ",
+        ),
         (["run", "recipe=rtn", "model=tiny", "cluster.disk_gb=0.0001"], 4, "not enough disk"),
         (["plan", "recipe=rtn", "model=tiny", "cluster.device=cuda"], 4, "no GPU answers"),
         (["report"], 2, "no sweep"),

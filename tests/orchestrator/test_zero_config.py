@@ -66,6 +66,7 @@ def test_keys_of_deepspeed_are_taken_and_those_that_say_what_the_recipe_says_are
         ({"zero_optimization": [1]}, r"zero_optimization must be of type dict"),
         ({"zero_optimization": {"offload_param": "auto"}}, r"offload_param must be of type dict"),
         ({"zero_optimization": {"stage": 3}}, r"stage=3 contradicts engine\.stage=2\. Try: engine=deepspeed_zero3"),
+        ({"zero_optimization": {"stage": 7}}, r"Try: engine=deepspeed_zero1, 2 or 3, and leave the key out"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, r"contradicts engine\.offload=false .*zero3_offload"),
         ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, r"nvme: what lies there would be in no checkpoint"),
         ({"train_batch_size": 8}, r"contradicts the recipe, by which it is 4 .*Try: recipe\.tune\.batch_size=8"),
