@@ -31,7 +31,7 @@ test: $(DEV)  ## the fast tests (at most 10 minutes on 2 cores)
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 test-slow: $(DEV)  ## the real end-to-end runs
-	$(BIN)/python -m pytest -m slow --timeout 900 --durations 10
+	$(BIN)/python -m pytest -m slow --timeout 900 --durations 10 -n logical --maxprocesses 2 --dist loadfile
 
 test-ui: $(UI)  ## the MLflow UI in a real browser; needs Chromium (Debian: apt-get install chromium)
 	$(BIN)/python -m pytest -m ui --timeout 300
