@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +68,32 @@ def test_an_adapter_lies_beside_codes_that_are_still_codes(healed: dict[str, Any
 
 def test_full_tuning_learns_the_text(healed: dict[str, Any]) -> None:
     assert healed["full"]["metrics"]["quality/ppl"] < healed["base"]["metrics"]["quality/ppl"]
+
+
+PLAIN = """
+import sys
+sys.modules["pare"] = None
+DIRECTORY, tokens = sys.argv[1:]
+exec(open(DIRECTORY + "/README.md").read().split("```python")[1].split("```")[0])
+import torch
+from safetensors.torch import load_file
+ids = load_file(tokens)["input_ids"].long()
+with torch.no_grad():
+    print(float(model.eval()(input_ids=ids, labels=ids).loss.exp()))
+"""
+"""Opens an export as its page says, and measures its perplexity on tokens (n, length)."""
+
+
+def test_a_soup_of_models_healed_on_the_same_codes_opens_without_pare_with_the_perplexity_that_was_said(tmp_path: Path) -> None:
+    members = ["recipe=gptq_qlora,soup", "recipe.merge.members.blocks=[gptq_qlora]", "recipe.heal.learning_rate=1e-3,2e-3"]
+    settings = ["recipe.quantize.bits=3", "recipe.quantize.group_size=32", "recipe.heal.steps=20", "recipe.merge.mode=uniform"]
+    record = json.loads(pare(tmp_path, "run", *members, *settings, *QUICK, *SMALL, "dtype=float32", "--json").stdout)
+    (soup,) = [trial for trial in record["trials"] if trial["block"] == "soup"]
+    (task,) = [task["task"] for task in soup["tasks"] if task["label"] == "test tokens"]
+    (tokens,) = (tmp_path / "store" / "objects").glob(f"*/{task}*/tokens.safetensors")
+
+    command = [sys.executable, "-c", PLAIN, soup["export_path"], str(tokens)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path).stdout
+
+    assert set(soup["members"]) == {trial["trial"] for trial in record["trials"] if trial["block"] == "gptq_qlora"}
+    assert float(said) == pytest.approx(soup["metrics"]["quality/ppl"], rel=1e-4)

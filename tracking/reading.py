@@ -98,7 +98,8 @@ def against_members(record: Record) -> list[str]:
                 f"{high}) against {name[best['trial']]}, the best of them on the selection split: "
                 f"{verdict(difference.beyond_noise)}."
             )
-    return said[:MOST_COMPARISONS]
+    more = len(said) - MOST_COMPARISONS
+    return said[:MOST_COMPARISONS] + ([f"{more} more merges were made: see the table."] if more > 0 else [])
 
 
 def describe(trial: Trial) -> str:

@@ -15,7 +15,7 @@ from pare.workers.corpus import SourceError
 from pare.workers.gguf_file import Gguf
 from pare.workers.imported import check_adapter
 from pare.workers.model_files import digest_directory, directory_shapes, model_files, read_config, read_json
-from pare.workers.sources import config_and_shapes, model_directory, smollm2_file
+from pare.workers.sources import config_and_shapes, is_tied, model_directory, smollm2_file
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -24,9 +24,11 @@ CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 MORE_THAN_LORA = (
     "use_dora", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters", "fan_in_fan_out",
-    "lora_bias",
+    "lora_bias", "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "use_bdlora", "use_qalora",
 )  # fmt: skip
 """Keys of an adapter's config that make it another thing than A and B beside linears."""
+
+HEAD = "lm_head.weight"
 
 ADDED = "base_model.model."
 """What stands before the name of a module in an adapter's file."""
@@ -63,7 +65,7 @@ def resolve_member(spec: Mapping[str, Any]) -> dict[str, Any]:
         own, wanted = config["architectures"][0], base_config["architectures"][0]
         if own != wanted:
             raise SourceError(f"{where}: is a {own}, and the base a {wanted}: only models of one base can be merged", key)
-        check_shapes(directory_shapes(path, key), base, where, key)
+        check_shapes(directory_shapes(path, key), base, is_tied(base_config), where, key)
         check_tokenizer(path, tokens_of_base(spec["model"]), where, key)
         kind = "dense"
     return {"format": kind, "digest": digest_directory(path, model_files(path))}
@@ -73,10 +75,10 @@ def locate_member(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {"path": str(Path(spec["path"]).expanduser().resolve())}
 
 
-def check_shapes(own: Shapes, base: Shapes, where: str, key: str) -> None:
-    """A head that is tied to the embedding may be stored or not."""
+def check_shapes(own: Shapes, base: Shapes, tied: bool, where: str, key: str) -> None:
+    """tied: whether the base's head is its embedding. Such a head may be stored or not; at the member's looks the task."""
     for name in [*base, *own]:
-        if name == "lm_head.weight" and (name not in base or name not in own):
+        if name == HEAD and (name not in base or (tied and name not in own)):
             continue
         mine, theirs = own.get(name), base.get(name)
         if mine != theirs:

@@ -96,7 +96,7 @@ def describe_model(spec: Mapping[str, Any]) -> dict[str, Any]:
     """
     config, shapes = config_and_shapes(spec)
     text_config = config.get("text_config", config)
-    tied = bool(text_config.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+    tied = is_tied(config)
     linears = {name: list(shape) for name, shape in shapes.items() if len(shape) == 2 and IN_BLOCK.search(name)}
     return {
         "architecture": config["architectures"][0],
@@ -111,6 +111,11 @@ def describe_model(spec: Mapping[str, Any]) -> dict[str, Any]:
         "license": license_of(spec),
         "chat_template": has_chat_template(spec),
     }
+
+
+def is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the head that makes the logits is the embedding, by config.json."""
+    return bool(config.get("text_config", config).get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
 
 
 def config_and_shapes(spec: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:

@@ -250,6 +250,10 @@ class AdaLora(LoraTuner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        settled = self.values()["tfinal"]
+        if self.steps < settled + 2:  # importance is known from the second step on
+            allowed = f"at least {settled + 2}, as ranks are settled {settled} steps before the last"
+            raise SettingsError(self.name, "steps", self.steps, allowed)
         self._gradients: dict[nn.Parameter, Tensor] = {}
 
     def values(self) -> dict[str, Any]:

@@ -67,9 +67,9 @@ class Compeft(TaskVectorFields, MergeMethod):
         for member, (n, total, squares) in ((name, row.tolist()) for name, row in sums.items()):
             deviation = math.sqrt(max(0.0, squares - total**2 / n) / max(n - 1, 1)) if n else 0.0
             kept[member] = smallest.get(member, math.inf), self.alpha * deviation
-            k = self.density
-            entropy = -k * math.log2(k / 2) - ((1 - k) * math.log2(1 - k) if k < 1 else 0.0)
-            context.report("compeft/entropy_bytes", n * entropy / 8)
+        k, entries = self.density, sum(float(row[0]) for row in sums.values())
+        entropy = -k * math.log2(k / 2) - ((1 - k) * math.log2(1 - k) if k < 1 else 0.0)
+        context.report("compeft/entropy_bytes", entries * entropy / 8)
         return kept
 
     def merge_weight(self, name: str, formulas: Formulas, base: Base, known: Any, context: Context) -> Formula | None:

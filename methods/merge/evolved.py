@@ -69,7 +69,7 @@ class Evolved(MergeMethod):
     def merge(self, members: Sequence[Member], base: Callable[[str], Tensor], evaluate: Evaluator, context: Context) -> Merged:
         members, base = best_first(members), on_device(base, context.device)
         names = [member.name for member in members]
-        groups = sorted({layer_of(name, self.blocks) for member in members for name in member.names})
+        groups = sorted({layer_of(name, self.blocks) for member in members for name in member.names}) or [""]
         table = len(groups), len(members)
 
         def model(x: Tensor) -> Iterator[tuple[str, Formula]]:

@@ -107,7 +107,7 @@ class ModelSoups(MergeMethod):
         """d loss / d a_i = s_i (<g, W_i> - sum of s_j <g, W_j>) with the shares s and the gradient g of the soup's weights."""
         names = [member.name for member in members]
         group_of = layer_of if self.per == "layer" else lambda name: ""
-        groups = sorted({group_of(name) for member in members for name in member.names})
+        groups = sorted({group_of(name) for member in members for name in member.names}) or [""]
         logits = torch.zeros(len(groups), len(members), dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.AdamW([logits], self.learning_rate, weight_decay=0.0)
 

@@ -11,7 +11,7 @@ import torch
 from peft.utils.merge_utils import ties
 from torch import Tensor
 
-from pare.methods.contract import METHODS, Context, Member, load_all
+from pare.methods.contract import METHODS, Candidate, Context, Member, load_all
 from pare.methods.merge.compeft import Compeft
 from pare.methods.merge.geometric import ModelStock, Slerp
 from pare.methods.merge.linear import TaskArithmetic, WiseFt
@@ -178,6 +178,36 @@ def test_weights_of_nobody_and_weights_without_a_sum_are_refused(cls: Any) -> No
         cls(weights={"c": 1.0}).check_members(["a", "b"])
     with pytest.raises(SettingsError, match=r"weights must be of a sum other than 0, or normalise=false"):
         cls(weights={"a": 1.0, "b": -1.0}, normalise=True).shares(["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        *((name, {}) for name, cls in sorted(METHODS.items()) if cls.kind == "merge"),
+        ("model_soups", {"mode": "uniform"}),
+        ("model_soups", {"mode": "learned"}),
+    ],
+)
+def test_members_that_have_changed_nothing_make_the_base(name: str, settings: dict[str, Any]) -> None:
+    """Such as directories that hold the base itself, and adapters of which nothing was trained."""
+
+    class Level:
+        def __call__(self, candidate: Candidate) -> float:
+            assert all(not whole(formula, torch.zeros(12, 16)).any() for _, formula in candidate)
+            return 1.0
+
+        def slopes(self, candidate: Candidate, along: Any) -> tuple[float, dict[str, list[float]]]:
+            return self(candidate), {}
+
+    cls: Any = METHODS[name]
+    untrained = {"w": Formula([LowRank(random(2, 16, seed=0), torch.zeros(12, 2))], "add")}
+    for formulas in ({}, untrained, {"w": Formula([Dense(torch.zeros(12, 16))])}):
+        members = [member("m0", formulas), member("m1", formulas)]
+        merged = cls(**settings).merge(members, lambda weight: torch.zeros(12, 16), Level(), Context(torch.device("cpu")))
+
+        Level()(merged.formulas)
+        assert merged.score == 1.0
+        assert all(math.isfinite(weight) for weight in merged.weights.values())
 
 
 # --- ties ---------------------------------------------------------------------------------------------------------------
@@ -427,9 +457,9 @@ def test_compeft_stores_a_bit_for_each_sign_and_what_is_less_of_a_mask_and_colum
     assert indexed.nbytes < 0.05 * n
 
 
-def test_compeft_says_how_small_the_best_code_would_be() -> None:
+def test_compeft_says_how_small_the_best_code_of_all_members_would_be() -> None:
     said: dict[str, float] = {}
-    members = [member("a", {"w": Formula([Dense(random(10, 10, seed=0))], "add")})]
+    members = [member(name, {"w": Formula([Dense(random(10, 10, seed=0))], "add")}) for name in ("a", "b")]
 
     Compeft(density=0.5).merge(
         members,
@@ -438,7 +468,7 @@ def test_compeft_says_how_small_the_best_code_would_be() -> None:
         Context(torch.device("cpu"), 0, said.__setitem__),  # type: ignore[arg-type]
     )
 
-    assert said == {"compeft/entropy_bytes": pytest.approx(1.5 * 100 / 8)}
+    assert said == {"compeft/entropy_bytes": pytest.approx(2 * 1.5 * 100 / 8)}
 
 
 def test_several_members_of_compeft_are_added_up_each_with_a_magnitude_of_its_own() -> None:

@@ -57,7 +57,14 @@ def test_every_verb_has_help_with_an_example(verb: str, capsys: pytest.CaptureFi
         (["run", "recipe=rtn", "data=text", "data.path=/no/such/file"], 2, "data.path"),
         (["run", "recipe=rtn", "model=tiny", "cluster.memory_gb=0.01"], 4, "not enough memory"),
         (
-            ["run", "recipe=lora", "model=tiny", "recipe.tune={batch_size: 4096, micro_batch_size: 4096}", "cluster.memory_gb=8"],
+            [
+                "run",
+                "recipe=lora",
+                "model=tiny",
+                "recipe.tune.batch_size=4096",
+                "recipe.tune.micro_batch_size=4096",
+                "cluster.memory_gb=1",
+            ],
             4,
             "Try: micro_batch_size=2048 (it is 4096; the batch of a step stays), gradient_checkpointing=true. Or: ",
         ),

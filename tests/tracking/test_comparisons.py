@@ -210,6 +210,16 @@ def test_a_soup_is_held_against_the_member_that_the_selection_split_chose_on_the
     assert said.endswith("not distinguishable.")
 
 
+def test_of_very_many_merges_the_report_says_how_many_it_leaves_out() -> None:
+    record = soups(1.0, 2.0)
+    record["trials"] += [{**record["trials"][2], "trial": f"soup{i}"} for i in range(7)]
+
+    said = reading.against_members(record)
+
+    assert len(said) == reading.MOST_COMPARISONS + 1
+    assert said[-1] == "2 more merges were made: see the table."
+
+
 def test_a_soup_whose_best_member_is_no_trial_or_did_not_finish_is_held_against_none() -> None:
     record = soups(1.0, 2.0)
     record["trials"][2]["members"] = ["path0", "chosen"]

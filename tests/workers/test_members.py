@@ -123,6 +123,34 @@ def test_members_from_directories_are_merged_with_those_of_the_sweep(
     assert sweep.export("two")[1]["format"] == "adapter"
 
 
+def with_a_head(directory: Path, factor: float) -> None:
+    """Stores the head beside the embedding that it was tied to, so many times as large."""
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * factor
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    edit(directory / "config.json", tie_word_embeddings=False)
+
+
+def test_a_head_that_is_stored_beside_the_embedding_may_be_a_copy_of_it_and_nothing_else(sweep: Sweep, full: Path) -> None:
+    with_a_head(full, 1.0)
+    assert take(sweep, "copied", full)["weights"] == 3
+
+    with_a_head(full, 2.0)
+    with pytest.raises(TaskError, match=r"lm_head\.weight is not its embedding, and in the base they are one weight"):
+        take(sweep, "moved", full)
+
+
+def test_a_member_whose_head_is_its_embedding_is_refused_where_the_base_has_a_head_of_its_own(
+    sweep: Sweep, full: Path, tmp_path: Path
+) -> None:
+    untied = Path(shutil.copytree(sweep.places["base"], tmp_path / "untied"))
+    with_a_head(untied, 2.0)
+    spec = asked(sweep, full)
+
+    with pytest.raises(SourceError, match=r"here lm_head\.weight is not there, in the base is of shape \[300, 64\]"):
+        resolve_member(spec | {"model": spec["model"] | {"path": str(untied)}})
+
+
 # --- refused ------------------------------------------------------------------------------------------------------------
 
 
@@ -181,6 +209,7 @@ def test_a_model_that_cannot_be_a_member_is_refused_while_planning(
     [
         (lambda d: edit(d / "adapter_config.json", use_dora=True), r"updates of weights \(use_dora\).*unload"),
         (lambda d: edit(d / "adapter_config.json", bias="all"), r"updates of weights \(bias\)"),
+        (lambda d: edit(d / "adapter_config.json", alora_invocation_tokens=[1, 2]), r"\(alora_invocation_tokens\)"),
         (lambda d: edit(d / "adapter_config.json", modules_to_save=["lm_head"]), r"\(modules_to_save\)"),
         (lambda d: edit(d / "adapter_config.json", peft_type="IA3"), r"\(peft_type=IA3\)"),
         (lambda d: edit(d / "adapter_config.json", init_lora_weights="pissa"), "changes the base beneath it.*_conversion"),

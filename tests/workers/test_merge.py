@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from pare.methods.contract import METHODS, load_all
 from pare.methods.finetune.lora import Lora
 from pare.methods.finetune.qlora import Qlora
 from pare.methods.parts.activations import ActivationQuantiser
@@ -23,6 +26,8 @@ from pare.workers.models import load_dense, load_skeleton
 from pare.workers.task import TaskError
 from pare.workers.tasks import compress, merge
 from tests.workers.merging import Sweep, in_memory, logits
+
+load_all()
 
 # --- scores -------------------------------------------------------------------------------------------------------------
 
@@ -148,6 +153,46 @@ def test_the_adapter_has_the_ranks_of_its_members_side_by_side_and_the_numbers_o
         operands = artifact.formula(name).tensors()  # type: ignore[union-attr]
         assert torch.equal(tensors[f"{prefix}.lora_A.weight"], operands["0.a"])
         assert torch.equal(tensors[f"{prefix}.lora_B.weight"], operands["0.b"])
+
+
+@pytest.mark.parametrize("other", [Lora(rank=4, init_seed=1), METHODS["pissa"](rank=2)], ids=["lora", "pissa"])  # type: ignore[call-arg]
+def test_a_soup_of_adapters_is_the_mean_of_the_weights_which_peft_makes_of_them_by_concatenation_alone(
+    sweep: Sweep, other: Any
+) -> None:
+    """What peft calls linear, ties and so on works on A and on B. If that changes here, docs/merging.md may say so."""
+    sweep.train("d", other)
+    sweep.merge(("a", "d"), mode="uniform")
+    sweep.merge(("a", "d"), out="elected", method="ties", density=0.5)
+    soup, a, d, elected = (sweep.open(name) for name in ("soup", "a", "d", "elected"))
+    base = load_dense(sweep.places["base"], torch.float32)
+    mean = {name: (a.materialise(name) + d.materialise(name)) / 2 for name in soup.table}
+    assert len(mean) == 14
+    for name, weight in mean.items():
+        torch.testing.assert_close(soup.materialise(name), weight, atol=1e-5, rtol=0)
+    assert json.loads((sweep.places["soup"] / "adapter" / "adapter_config.json").read_text())["r"] == 4 + 4
+    reopened = PeftModel.from_pretrained(load_dense(sweep.places["base"], torch.float32), sweep.places["soup"] / "adapter")
+    torch.testing.assert_close(logits(reopened), in_memory(sweep), atol=1e-5, rtol=0)
+
+    joint = PeftModel.from_pretrained(base, sweep.places["a"] / "adapter", adapter_name="a")
+    joint.load_adapter(sweep.places["d"] / "adapter", "d")
+
+    def error(how: str, expected: Callable[[str], Tensor], share: float, **settings: Any) -> float:
+        """Of peft's combination: its distance from what it should add to all weights, relative to that."""
+        joint.add_weighted_adapter(["a", "d"], [share, share], how, combination_type=how, **settings)
+        layers = {name: joint.get_submodule(f"base_model.model.{name.removesuffix('.weight')}") for name in mean}
+        added = {name: expected(name) - layer.get_base_layer().weight for name, layer in layers.items()}
+        missed = {name: layer.get_delta_weight(how) - added[name] for name, layer in layers.items()}
+        return norm(missed) / norm(added)
+
+    assert error("cat", mean.__getitem__, 0.5) < 1e-5
+    assert error("linear", mean.__getitem__, 0.5) > 0.5
+    assert error("dare_linear", mean.__getitem__, 0.5, density=1.0) > 0.5
+    assert error("magnitude_prune", mean.__getitem__, 0.5, density=1.0) > 0.5
+    assert error("ties", elected.materialise, 1.0, density=0.5) > 0.5
+
+
+def norm(tensors: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(t.double().square().sum().item() for t in tensors.values()))
 
 
 def test_two_merges_of_the_same_members_write_the_same_bytes(sweep: Sweep) -> None:

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,11 @@ KEYS = {"c3a": {"block_size": 16}, "road": {"group_size": 16}, "vblora": {"vecto
         "fourierft": {"n_frequency": 50}, "waveft": {"n_frequency": 50}, "adamss": {"num_subspaces": 2}}  # fmt: skip
 
 
-def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def llama(dtype: torch.dtype = torch.float32, layers: int = 1) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        tie_word_embeddings=True,
+        vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype).eval()
 
@@ -83,9 +84,11 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     gc.unfreeze()
 
 
-def trained(name: str, out: Path, dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[TrainMethod, nn.Module]:
+def trained(
+    name: str, out: Path, dtype: torch.dtype = torch.float32, layers: int = 1, **settings: Any
+) -> tuple[TrainMethod, nn.Module]:
     method = tuner(name, **{"steps": 3, **settings})
-    model = method.prepare(llama(dtype), context())
+    model = method.prepare(llama(dtype, layers), context())
     train(method, model, DATA, out, 0, Engine(CPU, dtype))
     return method, model
 
@@ -100,77 +103,41 @@ def with_formulas(formulas: dict[str, Formula]) -> nn.Module:
     return model
 
 
-@every
-def test_before_the_first_step_the_model_is_the_base(name: str) -> None:
-    method = tuner(name)
-
-    difference = (logits(method.prepare(llama(), context())) - logits(llama())).abs().max()
-
-    assert difference < 1e-5 if KINDS[name].is_no_op else 1e-5 < difference < 3
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in [*model.named_parameters(), *model.named_buffers()]}
 
 
-@every
-def test_what_was_trained_is_what_the_formulas_say_and_what_peft_reloads(name: str, tmp_path: Path) -> None:
-    method, model = trained(name, tmp_path)
-    expected = logits(model)
-
-    formulas = method.finish(model, tmp_path)
-
-    assert (expected - logits(llama())).abs().max() > 1e-3
-    assert all(formula.op == "add" for formula in formulas.values())
-    torch.testing.assert_close(logits(with_formulas(formulas)), expected, atol=1e-5, rtol=0)
-    torch.manual_seed(99)
-    reloaded = PeftModel.from_pretrained(llama(), tmp_path / "adapter")
-    torch.testing.assert_close(logits(reloaded), expected, atol=1e-5, rtol=0)
+def files_of(adapter: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in adapter.iterdir()}
 
 
-@every
-def test_it_starts_from_its_own_seed_and_no_other_and_writes_the_same_bytes(name: str, tmp_path: Path) -> None:
-    def made(where: str, outside: int, **settings: Any) -> tuple[dict[str, Tensor], bytes]:
-        (tmp_path / where).mkdir()
-        method = tuner(name, **settings)
-        torch.manual_seed(outside)
-        model = method.prepare(llama(), context(outside))
-        torch.manual_seed(outside)
-        start = {n: p.detach().clone() for n, p in model.named_parameters()}
-        start |= {n: b.clone() for n, b in model.named_buffers()}
-        method.finish(model, tmp_path / where)
-        files = sorted((tmp_path / where / "adapter").iterdir())
-        assert [f.name for f in files] == ["adapter_config.json", "adapter_model.safetensors"]
-        return start, b"".join(f.read_bytes() for f in files)
+@dataclass
+class Learnt:
+    """What a tuner starts with, learns in four steps and publishes."""
 
-    first, again = made("first", 1), made("again", 2)
+    name: str
+    out: Path
 
-    assert first[0].keys() == again[0].keys()
-    assert all(torch.equal(t, again[0][n]) for n, t in first[0].items())
-    assert first[1] == again[1]
+    def __post_init__(self) -> None:
+        torch.manual_seed(1)
+        method, model = self.prepared(seed=1)
+        self.start, self.logits_at_start = tensors_of(model), logits(model)
+        self.train(method, model)
+        self.values, self.state, self.logits = tensors_of(model), json.dumps(plain(method.state())), logits(model)
+        self.formulas = method.finish(model, self.out)
 
+    def prepared(self, seed: int) -> tuple[TrainMethod, nn.Module]:
+        method = tuner(self.name, steps=4, weight_decay=0.1)
+        return method, method.prepare(llama(), context(seed))
 
-@every
-def test_a_training_that_was_killed_goes_on_to_the_same_bits(
-    name: str, tmp_path: Path, attempt_checkpoint: Callable[[], Checkpoint]
-) -> None:
-    settings = {"steps": 4, "weight_decay": 0.1}
-
-    def attempt(checkpoint: Checkpoint, death: int | None = None) -> tuple[TrainMethod, nn.Module]:
-        method = tuner(name, **settings)
-        model = method.prepare(llama(), context())
-
+    def train(
+        self, method: TrainMethod, model: nn.Module, checkpoint: Checkpoint = NO_CHECKPOINT, death: int | None = None
+    ) -> None:
         def progress(done: int, total: int, unit: str) -> None:
             if done == death:
                 raise KeyboardInterrupt
 
-        train(method, model, DATA, tmp_path, 3, Engine(CPU, torch.float32), progress, checkpoint=checkpoint)
-        return method, model
-
-    whole, expected = attempt(NO_CHECKPOINT)
-    with pytest.raises(KeyboardInterrupt):
-        attempt(attempt_checkpoint(), death=3)
-    resumed, model = attempt(attempt_checkpoint())
-
-    values = dict(model.named_parameters())
-    assert all(torch.equal(p, values[n]) for n, p in expected.named_parameters())
-    assert json.dumps(plain(resumed.state())) == json.dumps(plain(whole.state()))
+        train(method, model, DATA, self.out, 3, Engine(CPU, torch.float32), progress, checkpoint=checkpoint)
 
 
 def plain(state: Any) -> Any:
@@ -180,9 +147,56 @@ def plain(state: Any) -> Any:
     return state.tolist() if isinstance(state, Tensor) else state
 
 
+@pytest.fixture(scope="module", params=TUNERS)
+def learnt(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Learnt:
+    gc.freeze()  # what the tuners before it have imported
+    return Learnt(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def test_before_the_first_step_the_model_is_the_base(learnt: Learnt) -> None:
+    difference = (learnt.logits_at_start - logits(llama())).abs().max()
+
+    assert difference < 1e-5 if KINDS[learnt.name].is_no_op else 1e-5 < difference < 3
+
+
+def test_it_starts_from_its_own_seed_and_no_other(learnt: Learnt) -> None:
+    torch.manual_seed(2)
+    again = tensors_of(learnt.prepared(seed=2)[1])
+
+    assert again.keys() == learnt.start.keys()
+    assert all(torch.equal(t, again[n]) for n, t in learnt.start.items())
+
+
+def test_what_was_trained_is_what_the_formulas_say_and_what_peft_reloads(learnt: Learnt) -> None:
+    assert (learnt.logits - logits(llama())).abs().max() > 1e-3
+    assert all(formula.op == "add" for formula in learnt.formulas.values())
+    torch.testing.assert_close(logits(with_formulas(learnt.formulas)), learnt.logits, atol=1e-5, rtol=0)
+    torch.manual_seed(99)
+    reloaded = PeftModel.from_pretrained(llama(), learnt.out / "adapter")
+    torch.testing.assert_close(logits(reloaded), learnt.logits, atol=1e-5, rtol=0)
+
+
+def test_a_training_that_was_killed_goes_on_to_the_same_bits_and_writes_the_same_bytes(
+    learnt: Learnt, tmp_path: Path, attempt_checkpoint: Callable[[], Checkpoint]
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        learnt.train(*learnt.prepared(seed=3), attempt_checkpoint(), death=3)
+    method, model = learnt.prepared(seed=4)
+    learnt.train(method, model, attempt_checkpoint())
+
+    values = tensors_of(model)
+    assert values.keys() == learnt.values.keys()
+    assert all(torch.equal(t, values[n]) for n, t in learnt.values.items())
+    assert json.dumps(plain(method.state())) == learnt.state
+    method.finish(model, tmp_path)
+    expected = files_of(learnt.out / "adapter")
+    assert sorted(expected) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert files_of(tmp_path / "adapter") == expected
+
+
 @every
 def test_in_bfloat16_what_is_trained_stays_float32_and_the_export_computes_close_to_it(name: str, tmp_path: Path) -> None:
-    method, model = trained(name, tmp_path, torch.bfloat16)
+    method, model = trained(name, tmp_path, torch.bfloat16, steps=2)
     values = [p for p in model.parameters() if p.requires_grad]
     assert values
     assert {p.dtype for p in values} == {torch.float32}
@@ -192,7 +206,8 @@ def test_in_bfloat16_what_is_trained_stays_float32_and_the_export_computes_close
     exact = PeftModel.from_pretrained(llama(torch.bfloat16).float(), tmp_path / "adapter")
 
     assert opened(input_ids=IDS).logits.dtype == torch.bfloat16
-    assert (logits(opened) - logits(exact)).abs().max() < 0.05
+    allowed = 0.2 if name == "frod" else 0.05  # peft rounds its factors, too, which are badly conditioned
+    assert (logits(opened) - logits(exact)).abs().max() < allowed
 
 
 @pytest.mark.parametrize("name", ["dora", "vera", "ia3", "oft", "ln_tuning"])
@@ -208,9 +223,9 @@ def test_a_start_of_lora_trains_rank_numbers_for_each_input_and_output_of_a_targ
     model = tuner(name, rank=4, targets="q_v").prepare(llama(), context())
 
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    outputs = 2 * (64 + 32)
-    both = 4 * (2 * (64 + 64) + 2 * (64 + 32))
-    assert count == {"dora": both + outputs, "mica": 4 * 4 * 64}.get(name, both)
+    outputs = 64 + 32
+    both = 4 * ((64 + 64) + (64 + 32))
+    assert count == {"dora": both + outputs, "mica": 2 * 4 * 64}.get(name, both)
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4"])
@@ -236,7 +251,8 @@ def test_a_start_that_takes_from_the_base_is_published_as_plain_lora_on_the_base
 
 
 def test_adalora_ends_with_the_rank_that_was_asked_for_and_gives_it_unevenly(tmp_path: Path) -> None:
-    method, model = trained("adalora", tmp_path, steps=12, batch_size=2, rank=2, config={"init_r": 6, "tinit": 2, "tfinal": 3})
+    config = {"init_r": 6, "tinit": 2, "tfinal": 3}
+    method, model = trained("adalora", tmp_path, layers=2, steps=12, batch_size=2, rank=2, config=config)
 
     found = method.finish(model, tmp_path)
 
@@ -274,6 +290,8 @@ def test_adalora_asks_for_singular_vectors_that_are_orthonormal() -> None:
         ("vera", {"config": {"r": 8}}, r"vera\.config must be"),
         ("vera", {"config": {"modules_to_save": ["lm_head"]}}, r"vera\.config must be"),
         ("adalora", {"config": {"tinit": 90, "tfinal": 50}}, r"adalora\.config must be what peft's AdaLoraConfig takes \("),
+        ("adalora", {"steps": 1}, r"adalora\.steps must be at least 2, as ranks are settled 0 steps before the last, got 1"),
+        ("adalora", {"config": {"tinit": 0, "tfinal": 99}}, r"adalora\.steps must be at least 101, as .* 99 steps before"),
         ("loha", {"rank": 0}, r"loha\.rank must be in \[1, inf\), got 0"),
         ("dora", {"dropout": 1.0}, r"dora\.dropout must be in \[0, 1\), got 1"),
         ("orthogonal", {"rank": 3}, r"orthogonal\.rank must be even, got 3"),

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from pare.workers.ranks import Ranks
@@ -68,6 +70,28 @@ def test_two_ranks_of_every_stage_learn_what_one_process_learns_and_the_first_pu
         assert told(tmp_path / "both", case.name, rank=1)["losses"] == both["losses"]
         assert difference(alone / "alone.safetensors", tmp_path / "both" / f"{case.name}.safetensors") < 1e-3, case.name
     assert expected["losses"][-1] < expected["losses"][0] - 0.1
+
+
+def test_adapters_that_two_ranks_train_on_shards_of_weights_are_those_of_one_process(tmp_path: Path) -> None:
+    """The frozen weights beneath them are spread as well. What is published is whole, and is what peft opens."""
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    alone.mkdir()
+    cases = [Case(name, 3, name, settings={"learning_rate": 1e-2, "rank": 4}) for name in ("lora", "pissa")]
+
+    assert train(both, *cases) == [0, 0]
+
+    start = zero_ranks.llama()
+    for case in cases:
+        expected, found = zero_ranks.run(replace(case, stage=0), alone, Ranks()), told(both, case.name)
+        assert found["ranks"] == 2
+        assert found["losses"] == pytest.approx(expected["losses"], abs=1e-3), case.name
+        assert difference(alone / f"{case.name}.safetensors", both / f"{case.name}.safetensors") < 1e-3, case.name
+        opened = PeftModel.from_pretrained(zero_ranks.llama(), both / f"{case.name}.0" / "adapter").merge_and_unload()
+        for name, update in load_file(alone / f"{case.name}.safetensors").items():
+            assert update.abs().max() > 0.05, (case.name, name)
+            learnt = opened.get_parameter(name) - start.get_parameter(name)
+            torch.testing.assert_close(learnt, update, atol=1e-3, rtol=0)
+        assert not (both / f"{case.name}.1" / "adapter").exists()
 
 
 def test_in_bfloat16_the_gradients_of_two_ranks_are_still_summed_in_float32(tmp_path: Path) -> None:

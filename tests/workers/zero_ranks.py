@@ -1,7 +1,8 @@
 """One rank of several that train together, for tests: `python -m tests.workers.zero_ranks RANK RANKS DIRECTORY`.
 
 Reads DIRECTORY/cases.json, a list of `Case` as dicts, and trains one after another. Of each it writes DIRECTORY/NAME.RANK.json
-(losses, steps taken, how it failed) and, as the first rank, DIRECTORY/NAME.safetensors: what the method made of it.
+(losses, steps taken, how it failed) and, as the first rank, DIRECTORY/NAME.safetensors: what the method made of it, beside the
+adapter if it makes one, in DIRECTORY/NAME.RANK/adapter.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pare.methods.contract import Context
-from pare.methods.finetune.full import Full
+from pare.methods.contract import Context, load_all
 from pare.workers.blobs import LocalBlobs
 from pare.workers.checkpoint import NO_CHECKPOINT, Checkpoint
 from pare.workers.ranks import Ranks
@@ -71,6 +71,7 @@ class Every(Checkpoint):
 class Case:
     name: str
     stage: int = 0
+    method: str = "full"
     offload: bool = False
     dtype: str = "float32"
     settings: dict[str, Any] = field(default_factory=dict)
@@ -83,7 +84,8 @@ class Case:
 
 
 def run(case: Case, directory: Path, ranks: Ranks) -> dict[str, Any]:
-    method = Full(**{**SETTINGS, **case.settings})
+    cls: Any = load_all()[case.method]
+    method = cls(**{**SETTINGS, **case.settings})
     dtype = getattr(torch, case.dtype)
     engine = Engine(CPU, dtype, Zero(case.stage, case.offload) if case.stage else None, ranks=ranks)
     model = method.prepare(llama().to(dtype), Context(CPU, 3))

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from pare.methods.anatomy.views import name_of
 from pare.methods.ops.adapters import write_adapter
 from pare.methods.parts.formula import Dense, Formula, LowRank
 from pare.workers.corpus import SourceError
-from pare.workers.members import ADDED, check_tokenizer, tokens_of
+from pare.workers.members import ADDED, HEAD, check_tokenizer, tokens_of
 from pare.workers.model_files import digest_directory, model_files
 from pare.workers.models import FormulaWriter, ModelArtifact, as_written, dense_index, load_skeleton
 from pare.workers.sources import check_unchanged
@@ -52,12 +53,22 @@ def run(ctx: TaskContext) -> dict[str, Any]:
 def changes(source: Path, base: ModelArtifact, ctx: TaskContext) -> Iterator[tuple[str, Formula]]:
     """The weights of a full model that are not the base's, one after another."""
     where, names = dense_index(source), base.parameter_names()
-    absent = [name for name in names if name not in where and name != "lm_head.weight"]
+
+    def stored(name: str) -> Tensor:
+        with safe_open(where[name], framework="pt") as f:
+            found: Tensor = f.get_tensor(name)
+        return found
+
+    absent = [name for name in names if name not in where]
     if absent:
         raise TaskError(f"{source}: has no {absent[0]}, among {len(absent)}; save it again with the installed transformers")
-    for i, name in enumerate(name for name in names if name in where):
-        with safe_open(where[name], framework="pt") as f:
-            weight, own = f.get_tensor(name), base.stored(name)
+    if HEAD in where and HEAD not in names and not torch.equal(stored(HEAD), stored(embedding_of(base))):
+        raise TaskError(
+            f"{source}: {HEAD} is not its embedding, and in the base they are one weight, of which there cannot be two means. "
+            "Name a base whose head is its own: model=hf model.path=BASE; or give a member that was trained with the two as one"
+        )
+    for i, name in enumerate(names):
+        weight, own = stored(name), base.stored(name)
         ctx.progress(i + 1, len(names), "weights")
         if weight.shape != own.shape:
             raise TaskError(f"{source}: {name} is of shape {list(weight.shape)}, in the base of shape {list(own.shape)}")
@@ -67,6 +78,13 @@ def changes(source: Path, base: ModelArtifact, ctx: TaskContext) -> Iterator[tup
             yield from ((name_of(name, k), Formula([Dense(part)])) for k, part in enumerate(weight))
         else:
             yield name, Formula([Dense(torch.atleast_2d(weight))])
+
+
+def embedding_of(base: ModelArtifact) -> str:
+    """Name of the parameter that turns tokens into vectors."""
+    model = load_skeleton(base.dense.directory)
+    weight = model.get_input_embeddings().weight
+    return next(name for name, parameter in model.named_parameters() if parameter is weight)
 
 
 def updates_in(source: Path) -> Iterator[tuple[str, LowRank]]:

@@ -59,12 +59,15 @@ def test_only_the_order_of_the_values_counts() -> None:
     assert plain.sigma == bent.sigma
 
 
-def test_a_step_is_that_of_the_update_written_out_for_each_unknown() -> None:
+@pytest.mark.parametrize("is_steady", [True, False])
+def test_a_step_is_that_of_the_update_written_out_for_each_unknown(is_steady: bool) -> None:
+    """Steady: the path of the steps is no longer than chance makes it, so that the covariance may follow it."""
     rates = Rates.of(3)
     torch.manual_seed(0)
     mean, variance, step_path, path = torch.randn(4, 3, dtype=torch.float64)
+    step_path = step_path * (0.1 if is_steady else 30.0)
     search = Search(mean, 0.7, variance.abs() + 0.1, step_path, path, generation=4)
-    candidates = torch.randn(rates.candidates, 3, dtype=torch.float64)
+    candidates = evolution.ask(search, rates, torch.Generator().manual_seed(0))
     values = torch.randn(rates.candidates).tolist()
 
     found = evolution.tell(search, rates, candidates, values)
@@ -84,6 +87,7 @@ def test_a_step_is_that_of_the_update_written_out_for_each_unknown() -> None:
     norm = math.sqrt(norm)
     assert found.sigma == pytest.approx(0.7 * math.exp(cs / rates.damping * (norm / expected_norm - 1)))
     steady = norm / math.sqrt(1 - (1 - cs) ** 10) < (1.4 + 2 / 4) * expected_norm
+    assert steady == is_steady
     for j in range(3):
         p = (1 - cc) * path[j].item() + steady * math.sqrt(cc * (2 - cc) * mass) * new_path[j]
         assert found.path[j].item() == pytest.approx(p)
