@@ -183,7 +183,7 @@ class TrainMethod(Method):
     has_teachers: ClassVar[bool] = False
     """Whether it learns from other models: its stage then names them, by default the base model alone."""
     learns_prompt: ClassVar[bool] = False
-    """Whether what it publishes is a prompt (`methods.ops.prompts.write_prompt`) and no formula, so that no stage can follow."""
+    """Whether what it publishes is a prompt (`methods.ops.prompts.write_prompt`) and no formula: no stage can follow."""
     draws_random_numbers: ClassVar[bool] = True
 
     steps: int = 100

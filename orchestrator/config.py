@@ -46,6 +46,7 @@ from pare.orchestrator.trials import (
     assemble,
     built_group,
     check_members,
+    check_prompts,
     check_teachers,
     contained,
     interned,
@@ -215,6 +216,7 @@ class Composer:
             raise ConfigError("nothing to do: name an experiment (experiment=demo) or a recipe (recipe=gptq)")
         check_members(trials)
         check_teachers(trials)
+        check_prompts(trials)
         name = top.name or next((t.recipe for t in trials), "sweep")
         return Experiment(str(name), uniquely_named(trials), **whole, plugins=[located(str(plugin)) for plugin in top.plugins])
 
@@ -417,6 +419,7 @@ def restore(rows: Iterable[Mapping[str, Any]], common: Mapping[str, Any], overri
         trials.append(assemble(row["name"], row["block"], row["recipe"], shown, parts, row["status"] == "skipped"))
     check_members(trials)
     check_teachers(trials)
+    check_prompts(trials)
     return Experiment(
         common["name"],
         trials,

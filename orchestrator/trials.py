@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import graphlib
+import itertools
 import json
 import math
 import re
@@ -350,6 +351,12 @@ def check_members(trials: list[Trial]) -> None:
                     f"{where}.members.blocks: {foreign.name!r} was made elsewhere, and nothing is known of what it is made of. "
                     "A merge takes trials that this sweep makes"
                 )
+            prompted = next((t for t in candidates(trial, trials) if any(map(learns_prompt, t.stages))), None)
+            if prompted:
+                raise ConfigError(
+                    f"{where}.members.blocks: {prompted.name!r} learns a prompt, which is no weight and cannot be merged. "
+                    "Learn it against the merged model, as the stage after the merge"
+                )
             edges.setdefault(trial.block, set()).update(matching(stage.members.blocks, blocks))
     try:
         graphlib.TopologicalSorter(edges).prepare()
@@ -388,6 +395,34 @@ def check_teachers(trials: list[Trial]) -> None:
                         f"from.{nearest(name, earlier)} It can learn from {', '.join(earlier)}, from ORG/NAME of the hub, or a "
                         "directory: ./DIRECTORY"
                     )
+
+
+def learns_prompt(stage: Stage) -> bool:
+    """Whether what it makes is a prompt."""
+    return bool(getattr(METHODS[stage.method], "learns_prompt", False))
+
+
+def check_prompts(trials: list[Trial]) -> None:
+    """Refuses what stands behind a prompt or cannot honour it."""
+    for trial in trials:
+        for stage, after in itertools.zip_longest(trial.stages, trial.stages[1:]):
+            if not learns_prompt(stage):
+                continue
+            where = f"block {trial.block!r}: recipe.{stage.name}"
+            if after is not None:
+                raise ConfigError(
+                    f"{where}: a prompt is learnt against the model as it is: make it the last stage, behind {after.name!r}"
+                )
+            if trial.data.train.packing == "separate":
+                raise ConfigError(
+                    f"{where}: data.train.packing=separate: of the documents of a row only the first would see the prompt of "
+                    f"{stage.method}. Try: data.train.packing=padded"
+                )
+            if trial.export.format not in ("auto", "adapter"):
+                raise ConfigError(
+                    f"{where}: export.format={trial.export.format}: a prompt ships as an adapter beside its base, for weights "
+                    "cannot say it. Try: export.format=auto"
+                )
 
 
 def is_place(name: str) -> bool:

@@ -297,7 +297,7 @@ def compress(job: Job) -> Work:
 
 def train(job: Job) -> Work:
     s, settings = job.shape, job.settings
-    length = job.windows()[1]
+    length = job.windows()[1] + settings.get("virtual_tokens", 0)
     micro = settings.get("micro_batch_size", 1)
     batches = settings.get("steps", 0) * settings.get("batch_size", 1) // micro
     adapter, again = "init_seed" in settings, bool(settings.get("gradient_checkpointing"))
@@ -469,6 +469,9 @@ def made_by(job: Job) -> Made:
         return Made(shape.linears * settings["ratio"] * shape.weight_bytes)
     if kind == "compress" and "rank" in settings:  # a term beside what is there
         return Made(job.made.get("model", Made()).operands + 2.0 * settings["rank"] * shape.spans)
+    if "virtual_tokens" in settings:  # at most, for keys may have fewer heads; and once more as the adapter's own file
+        layers = 2 * shape.blocks if getattr(METHODS.get(job.spec["method"]), "keeps_keys", False) else 1
+        operands += 2 * 4.0 * settings["virtual_tokens"] * layers * (shape.width or USUAL_WIDTH)
     if getattr(METHODS.get(job.spec.get("method", "")), "writes_dense", False):
         operands += 4.0 * shape.linears
     elif "rank" in settings:  # the update as operands, and once more as the adapter's own file

@@ -15,7 +15,7 @@ from pare.methods.anatomy.describe import Anatomy, describe, verify
 from pare.methods.anatomy.structure import hollow
 from pare.methods.anatomy.views import parse
 from pare.workers.loading import loading
-from pare.workers.models import ModelArtifact, load_skeleton
+from pare.workers.models import ModelArtifact, load_skeleton, need_weights_alone
 from pare.workers.task import TaskError
 
 Read = Callable[[str, torch.Size | None], Tensor]
@@ -110,8 +110,9 @@ def open_blocks(artifact: ModelArtifact, dtype: torch.dtype, device: torch.devic
 
     Raises:
         ValueError: the anatomy does not hold for it.
-        TaskError: linears of it round what they read, so that it is not plain weights.
+        TaskError: linears of it round what they read or it has a prompt, so that it is not plain weights.
     """
+    need_weights_alone(artifact, "a model that is read block by block")
     rounding = next((name for name in artifact.compressed_names() if artifact.has_quantised_input(name)), None)
     if rounding:
         raise TaskError(

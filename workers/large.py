@@ -108,7 +108,17 @@ def from_files(directory: Path, stem: str = "model") -> Read:
 
 
 def stream_artifact(artifact: ModelArtifact, dtype: torch.dtype, device: torch.device) -> Streamed:
-    """The model that an artifact stands for, read block by block."""
+    """The model that an artifact stands for, read block by block.
+
+    Raises:
+        TaskError: it has a prompt.
+    """
+    if artifact.prompt is not None:
+        raise TaskError(
+            "the model does not fit into memory, and one with a prompt cannot be read block by block. Give it more: "
+            "evaluation.memory_gb",
+            "infeasible",
+        )
     rounding = {
         name: partial(artifact.effective, name) for name in artifact.compressed_names() if artifact.has_quantised_input(name)
     }

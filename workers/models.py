@@ -8,7 +8,8 @@ A model artifact is a directory in one of two forms:
   the base's, so a tie, an embedding or a whole frozen model costs its bytes once. A file form of a method's own (`adapter/`)
   may stand beside. Where the stage has folded factors into weights, they stand with the operands as `fold.in:NAME` (in,), by
   which columns were multiplied, and `fold.out:NAME` (out,), by which rows were divided: without them nobody could tell a
-  changed weight from a scaled one.
+  changed weight from a scaled one. Where the stage has learnt a prompt, it stands in `prompt.safetensors`
+  (see `methods/ops/prompts.py`), and nothing stands on such an artifact.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from pare.methods.anatomy.views import parse, view, weight_of
+from pare.methods.ops.prompts import attach, read_prompt
 from pare.methods.parts.formula import Dense, Formula
 from pare.methods.parts.linear import FrozenLinear
 from pare.workers.loading import is_loading
 from pare.workers.quantised_inputs import quantise_inputs
 from pare.workers.shards import ShardWriter
+from pare.workers.task import TaskError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -56,6 +59,7 @@ class ModelArtifact:
             self.table = content["tensors"]
             self.base_fingerprint = content["base"]
             self.base = ModelArtifact(resolve(content["base"]), resolve)
+            need_weights_alone(self.base, "what is made of a model")
             self._operands = dense_index(self.directory, STEM)
             self._keys: dict[str, list[str]] = {}
             for key in self._operands:
@@ -71,6 +75,11 @@ class ModelArtifact:
     def dense(self) -> ModelArtifact:
         """The dense artifact at the bottom: its directory holds config and tokenizer."""
         return self.base.dense if self.base else self
+
+    @property
+    def prompt(self) -> Tensor | None:
+        """What stands before every input (see `methods/ops/prompts.py`), where it is more than weights."""
+        return read_prompt(self.directory)
 
     def parameter_names(self) -> list[str]:
         """Names of all parameters as the dense base stores them (a tied head is not stored)."""
@@ -162,6 +171,15 @@ class ModelArtifact:
             with safe_open(file, framework="pt") as f:
                 tensors |= {key: f.get_tensor(key) for key in keys if self._operands[key] == file}
         return tensors
+
+
+def need_weights_alone(artifact: ModelArtifact, what: str) -> None:
+    """Raises `TaskError` where the artifact has a prompt; `what` it is that cannot see it."""
+    if artifact.prompt is not None:
+        raise TaskError(
+            f"{what} sees weights alone, and {artifact.directory} has a prompt beside them: a prompt is learnt against the "
+            "model as it is, so make it the last stage of the recipe"
+        )
 
 
 def folded(weight: Tensor, name: str, factors: Mapping[str, Tensor]) -> Tensor:
@@ -296,10 +314,13 @@ def load_in_memory(
                 continue
             weight = weight_of(model, name)
             weight.copy_(artifact.materialise(name))
-    if frozen:
-        return model
-    rounding = [name for name in artifact.compressed_names() if artifact.has_quantised_input(name)]
-    quantise_inputs(model, ((name, artifact.effective(name)) for name in rounding))
+    if not frozen:
+        rounding = [name for name in artifact.compressed_names() if artifact.has_quantised_input(name)]
+        quantise_inputs(model, ((name, artifact.effective(name)) for name in rounding))
+    prompt = artifact.prompt
+    if prompt is not None:
+        placed = prompt.to(device)
+        attach(model, lambda: placed)
     return model
 
 

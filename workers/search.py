@@ -21,7 +21,7 @@ from pare.methods.anatomy.views import weight_of
 from pare.methods.contract import Level
 from pare.methods.ops.losses import PIECE
 from pare.workers.evaluation import Teacher, body_and_head
-from pare.workers.models import ModelArtifact, load_in_memory, load_skeleton
+from pare.workers.models import ModelArtifact, load_in_memory, load_skeleton, need_weights_alone
 from pare.workers.task import TaskContext, TaskError
 
 Choice = Sequence[int]
@@ -147,6 +147,7 @@ def open_levels(ctx: TaskContext, values: Sequence[Level]) -> tuple[ModelArtifac
     if not values or len(set(values)) != len(values):
         raise TaskError(f"a search takes a list of different levels, got {list(values)}")
     model = ModelArtifact(ctx.inputs["model"], ctx.resolve)
+    need_weights_alone(model, "a search")
     levels = {value: ModelArtifact(ctx.inputs[f"level.{value}"], ctx.resolve) for value in values}
     linears, _ = linears_of(describe(load_skeleton(model.dense.directory)))
     for value, level in levels.items():

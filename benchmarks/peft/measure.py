@@ -14,6 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pare.methods.contract import METHODS, Context, load_all
 from pare.methods.ops.adapters import block_linears
 from pare.methods.ops.bnb4bit import quantise_linear
+from pare.methods.ops.prompts import FILE, attach, read_prompt
+from pare.methods.ops.tuner_kinds import PROMPTS
 
 STEPS, RATE = 4, 1e-2
 CPU = torch.device("cpu")
@@ -47,7 +49,8 @@ def quantised() -> nn.Module:
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    return model.eval()(input_ids=IDS).logits.float()  # type: ignore[no-any-return]
+    out: Tensor = model.eval()(input_ids=IDS).logits.float()
+    return out[:, -IDS.shape[1] :]  # peft gives logits for virtual tokens, too
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -94,12 +97,17 @@ def measured(name: str) -> dict[str, Any]:
         row["file_bytes"] = (Path(place) / "adapter" / "adapter_model.safetensors").stat().st_size
         row["kept_bytes"] = sum(formula.nbytes for formula in formulas.values())
         row["kept_as"] = "/".join(sorted({part.kind for formula in formulas.values() for part in formula.parts}))
+        prompt = read_prompt(Path(place))
+        if prompt is not None:
+            row |= {"kept_bytes": (Path(place) / FILE).stat().st_size, "kept_as": "prompt"}
         row["reload"] = distance(reloaded(Path(place) / "adapter"), tuned)
     merged = llama()
     with torch.no_grad():
         for weight, formula in formulas.items():
             parameter = merged.get_parameter(weight)
             parameter += formula.materialise().view(parameter.shape)
+    if prompt is not None:  # there is nothing to merge: it is what Pare puts before the input
+        attach(merged, lambda: prompt)
     return row | {"merge": distance(logits(merged), tuned), "nf4": on_codes(name)}
 
 
@@ -111,14 +119,16 @@ def reloaded(directory: Path) -> Tensor:
 
 
 def on_codes(name: str) -> dict[str, Any]:
-    """Whether it trains on a base of NF4 codes, and what peft's merge into the codes makes of it."""
+    """Whether it trains on a base of NF4 codes, and what peft's merge into the codes makes of it, where there is one."""
     base = logits(quantised())
     try:
-        _, model, start = trained(name, quantised)
+        method, model, start = trained(name, quantised)
         tuned = logits(model)
     except Exception as e:  # whatever a library that was not made for codes raises is the answer
         return {"trains": False, "why": said(e)}
     found: dict[str, Any] = {"trains": True, "start": distance(start, base), "effect": distance(tuned, base)}
+    if method.learns_prompt:  # there is nothing to merge
+        return found
     try:
         return found | {"merges": True, "error": distance(logits(model.merge_and_unload()), tuned)}
     except Exception as e:
@@ -130,6 +140,7 @@ def said(error: Exception) -> str:
 
 
 def names() -> list[str]:
-    """`lora`, and every tuner there is."""
+    """`lora`, and every tuner there is; prompts last."""
     load_all()
-    return ["lora", *(name for name, cls in METHODS.items() if hasattr(cls, "of"))]
+    found = [name for name, cls in METHODS.items() if hasattr(cls, "of")]
+    return ["lora", *sorted(found, key=PROMPTS.__contains__)]

@@ -26,6 +26,12 @@ own file of such an adapter repeats the start when it is loaded, and with a rand
 In bfloat16 what is left of the base is rounded after the start, by as much as any bfloat16 weight; the figures reported are
 those of what is published.
 
+**Prompts.** `prompt_tuning`, `p_tuning` and `prefix_tuning` train what stands before every input: embeddings of
+`virtual_tokens`, or keys and values in every layer. No weight changes. Only the prompt is kept, worked out where a network made
+it while it was trained, and ships with its base as an adapter that peft opens. It is learnt against the model as it is, so it
+has to be the last stage of a recipe: no later stage, merge or search sees it, rows of several documents are refused
+(`data.train.packing=padded`), and so is a model too large to be in memory as a whole. `init=text` starts it from a text.
+
 **Size.** `size/bytes` counts files. A tuner that trains few numbers may write large files: VeRA, PVeRA and RandLoRA store the
 projections they share unless `config.save_projection=false`, SHiRA and Super-Tuning store where their numbers stand, and a
 rotation is kept in the store (not in the export) as the dense update that it makes.
@@ -37,8 +43,8 @@ columns say what peft does with the other tuners there.
 
 LEGEND = """
 `start`: by how much the untrained adapter changes the model; `effect`: by how much training did. `merge`: formulas in float32
-against the adapter; `reload`: the adapter's file, opened by peft, against what was trained. All are the greatest difference of
-a logit. `kept as`: the form of the update in the store.
+against the adapter, of a prompt what Pare puts before the input; `reload`: the adapter's file, opened by peft, against what was
+trained. All are the greatest difference of a logit. `kept as`: the form of the update in the store.
 """
 
 TAIL = """
@@ -81,6 +87,8 @@ def on_codes(found: dict[str, Any]) -> list[str]:
     if found["effect"] == 0:
         return ["runs, learns nothing", "-"]
     trains = "yes" if found["start"] < 1e-5 else f"yes, start {number(found['start'])}"
+    if "merges" not in found:
+        return [trains, "-"]
     if not found["merges"]:
         return [trains, "fails"]
     if found["error"] < 1e-5:

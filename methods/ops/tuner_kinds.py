@@ -124,14 +124,20 @@ KINDS: dict[str, Kind] = {
 }  # fmt: skip
 """Name of the method -> what it is. `lora` and `qlora` are methods of their own files."""
 
-INPUTS = "it trains inputs, not weights: no weight has a formula, and a later stage would not see them"
+PROMPTS: dict[str, Kind] = {
+    "prompt_tuning": Kind("PROMPT_TUNING", "Lester et al. (2021), Prompt tuning, arXiv:2104.08691, section 2",
+        rate=1e-2, is_no_op=False),
+    "p_tuning": Kind("P_TUNING", "Liu et al. (2021), GPT Understands, Too, arXiv:2103.10385v1, section 3.2",
+        rate=1e-3, is_no_op=False),
+    "prefix_tuning": Kind("PREFIX_TUNING", "Li and Liang (2021), Prefix-Tuning, arXiv:2101.00190, section 4, eq. 3",
+        rate=1e-2, is_no_op=False),
+}  # fmt: skip
+"""The same, of those that train what stands before the input (`pare.methods.finetune.prompts`)."""
 
 NOT_OFFERED: dict[str, str] = {
-    "prompt_tuning": INPUTS,
-    "p_tuning": INPUTS,
-    "prefix_tuning": INPUTS,
-    "cpt": INPUTS,
-    "cartridge": INPUTS,
+    "cpt": "it wants token numbers, a type for each of them, and with every row the types of its tokens",
+    "cartridge": "it is prefix_tuning that starts from a text, the first tokens frozen. Try: method@recipe.tune=prefix_tuning "
+    "recipe.tune.init=text recipe.tune.init_text=TEXT",
     "adaption_prompt": "what it adds depends on the input, so it cannot be merged (peft says so)",
     "lily": "what it adds depends on the input, so it cannot be merged (peft says so)",
     "shadow": "it fails on peft 0.21 with transformers 5.23, and cannot be merged",

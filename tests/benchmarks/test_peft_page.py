@@ -35,6 +35,13 @@ def test_what_a_library_cannot_do_is_said_and_not_raised() -> None:
     assert "float32" in found["why"]
 
 
+def test_of_a_prompt_what_is_kept_is_measured_in_place_of_a_merge() -> None:
+    row = measured("prefix_tuning")
+
+    assert (row["kept_as"], row["nf4"]["trains"], "merges" in row["nf4"]) == ("prompt", True, False)
+    assert max(row["reload"], row["merge"]) < 1e-5 < 0.1 < row["start"]
+
+
 def test_cells() -> None:
     assert [number(x) for x in (0.0, 0.00123, 0.123, 1.5)] == ["0", "1.2e-03", "0.12", "1.5"]
     assert on_codes({"trains": False, "why": "x"}) == ["no", "-"]
@@ -47,3 +54,4 @@ def test_cells() -> None:
         "yes",
         "error 0.13 of effect 1",
     ]
+    assert on_codes({"trains": True, "start": 0.9, "effect": 1.0}) == ["yes, start 0.9", "-"]

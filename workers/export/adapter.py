@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pare.methods.ops.adapters import BASE_PATH, write_adapter, write_adapter_config
 from pare.methods.ops.bnb4bit import checkpoint_config, checkpoint_tensors, settle
+from pare.methods.ops.prompts import freed
 from pare.methods.parts.codes import Codes
 from pare.methods.parts.formula import Formula, LowRank
 from pare.workers.export.compressed_tensors import describe_schemes, export_compressed_tensors, linear_names, schemes
@@ -39,6 +40,9 @@ from peft import PeftModel
 
 model = PeftModel.from_pretrained(model, {directory})"""
 
+CUT = """
+# The first {n} logits of a row are those of the prompt: model(input_ids).logits[:, {n}:]"""
+
 
 @dataclass(frozen=True)
 class Written:
@@ -50,12 +54,15 @@ class Written:
     """How the base is opened: a key of `stock.OPENED`."""
     is_compressed: bool = False
     """Whether the base is a checkpoint of compressed-tensors."""
+    virtual_tokens: int = 0
+    """Positions that peft puts before those of the input, and gives logits for."""
 
     @property
     def opening(self) -> str:
         """The lines of Python that open it; `{directory}` stands for where it lies."""
         wrap = WRAP if self.is_compressed and self.how != "dequantize" else ""
-        return OPENED[self.how].format(directory=f'{{directory}} + "/{BASE_PATH}"') + wrap + PEFT
+        cut = CUT.format(n=self.virtual_tokens) if self.virtual_tokens else ""
+        return OPENED[self.how].format(directory=f'{{directory}} + "/{BASE_PATH}"') + wrap + PEFT + cut
 
 
 def holds_adapter(artifact: ModelArtifact) -> bool:
@@ -80,13 +87,15 @@ def export_adapter(artifact: ModelArtifact, out: Path) -> Written:
         return Written("transformers + peft + bitsandbytes", "plain")
     if artifact.base is None:
         raise ValueError(f"{artifact.directory} is a dense model, not an adapter")
+    prompt = artifact.prompt
+    virtual = len(prompt) if prompt is not None and prompt.dim() == 2 else 0
     if artifact.base.compressed_names():
-        return export_compressed_base(artifact.base, base)
+        return replace(export_compressed_base(artifact.base, base), virtual_tokens=virtual)
     for pattern in ("config.json", "*.safetensors", "*.safetensors.index.json"):
         for file in artifact.base.directory.glob(pattern):
             link_or_copy(file, base / file.name)
     copy_companions(artifact.base.directory, base)
-    return Written("transformers + peft", "plain")
+    return Written("transformers + peft", "plain", virtual_tokens=virtual)
 
 
 def export_compressed_base(base: ModelArtifact, out: Path) -> Written:
@@ -205,7 +214,8 @@ def relocate(directory: Path) -> None:
 
 
 def open_adapter(directory: Path, dtype: torch.dtype, device: torch.device | str = "cpu", how: str = "plain") -> nn.Module:
-    """The exported model, computing in `dtype` on `device`, in evaluation mode. Reads nothing outside `directory`.
+    """The exported model, computing in `dtype` on `device`, in evaluation mode. Reads nothing outside `directory`. A prompt is
+    attached to the base, so that what comes out belongs to the input alone.
 
     how: the way in which the base is opened, a key of `stock.OPENED`.
     """
@@ -216,4 +226,4 @@ def open_adapter(directory: Path, dtype: torch.dtype, device: torch.device | str
     if getattr(base, "is_loaded_in_4bit", False):
         settle(base, dtype)
     model: nn.Module = PeftModel.from_pretrained(base, directory, local_files_only=True)
-    return model.eval()
+    return freed(model) if model.active_peft_config.is_prompt_learning else model.eval()

@@ -45,6 +45,8 @@ def can_say(artifact: ModelArtifact, name: str) -> str:
     Raises:
         Inexpressible: the form cannot say what the artifact is.
     """
+    if name != "adapter" and artifact.prompt is not None:
+        raise Inexpressible("weights cannot say that a prompt stands before every input")
     if name == "compressed-tensors":
         return compressed_tensors.describe_schemes(compressed_tensors.schemes(artifact))
     if name == "adapter" and not adapter.holds_adapter(artifact):

@@ -31,7 +31,16 @@ from pare.workers.blocks import open_blocks
 from pare.workers.calibration import stream
 from pare.workers.checkpoint import block_piece, resume_blocks, save_blocks
 from pare.workers.hidden_states import HiddenStates
-from pare.workers.models import FOLD_IN, FOLD_OUT, FormulaWriter, ModelArtifact, as_written, folded, load_skeleton
+from pare.workers.models import (
+    FOLD_IN,
+    FOLD_OUT,
+    FormulaWriter,
+    ModelArtifact,
+    as_written,
+    folded,
+    load_skeleton,
+    need_weights_alone,
+)
 from pare.workers.task import TaskContext, TaskError
 
 Statistics = dict[str, dict[str, Tensor]]
@@ -96,6 +105,7 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     if not isinstance(method, LayerMethod):
         raise TaskError(f"compress takes a method of kind layer; {method.name} is of kind {method.kind}")
     artifact = ModelArtifact(ctx.inputs["model"], ctx.resolve)
+    need_weights_alone(artifact, method.name)
     with HiddenStates(ctx.out) as hidden:
         made = Made(ctx.out)
         start, state = resume_blocks(ctx.checkpoint, lambda index, piece: made.restore(piece), hidden)

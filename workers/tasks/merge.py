@@ -29,7 +29,14 @@ from pare.methods.parts.codes import Codes
 from pare.methods.parts.formula import Dense, Formula, LowRank
 from pare.methods.settings import SettingsError
 from pare.workers import evaluation
-from pare.workers.models import FormulaWriter, ModelArtifact, as_written, load_in_memory, load_skeleton
+from pare.workers.models import (
+    FormulaWriter,
+    ModelArtifact,
+    as_written,
+    load_in_memory,
+    load_skeleton,
+    need_weights_alone,
+)
 from pare.workers.task import TaskContext, TaskError
 
 Lineage = dict[str, ModelArtifact]
@@ -107,9 +114,11 @@ def lineage(ctx: TaskContext, role: str, name: str) -> Lineage:
     """A member and all that it stands on.
 
     Raises:
-        TaskError: the task's base is not among it.
+        TaskError: the task's base is not among it, or it has a prompt.
     """
-    artifact: ModelArtifact | None = ModelArtifact(ctx.inputs[role], ctx.resolve)
+    member = ModelArtifact(ctx.inputs[role], ctx.resolve)
+    need_weights_alone(member, f"a merge, of which {name} is a member,")
+    artifact: ModelArtifact | None = member
     fingerprint: str | None = ctx.fingerprint_of[role]
     found: Lineage = {}
     while artifact and fingerprint:

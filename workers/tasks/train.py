@@ -21,7 +21,7 @@ from pare.methods.contract import Context, Teacher, TrainMethod, load_all
 from pare.methods.ops.heads import as_stored
 from pare.methods.parts.formula import Formula
 from pare.workers.evaluation import open_teacher
-from pare.workers.models import ModelArtifact, load_in_memory, load_tokenizer, write_formulas
+from pare.workers.models import ModelArtifact, load_in_memory, load_tokenizer, need_weights_alone, write_formulas
 from pare.workers.ranks import Ranks
 from pare.workers.task import TaskContext, TaskError
 from pare.workers.training import Engine, train
@@ -44,6 +44,7 @@ def run(ctx: TaskContext) -> dict[str, Any]:
     result: dict[str, Any] = {}
     data = load_file(ctx.inputs["tokens"] / "tokens.safetensors")
     artifact = ModelArtifact(ctx.inputs["model"], ctx.resolve)
+    need_weights_alone(artifact, name)
     context = Context(
         engine.prepared_on,
         ctx.spec["seed"],
@@ -52,6 +53,11 @@ def run(ctx: TaskContext) -> dict[str, Any]:
         teachers=open_teachers(ctx, artifact, DTYPES[dtype], data),
         data=data,
     )
+    if "position_ids" in data and method.learns_prompt:
+        raise TaskError(
+            f"data.train.packing=separate: of the documents of a row only the first would see the prompt of {name}. Try: "
+            "data.train.packing=padded"
+        )
     model = load_in_memory(artifact, DTYPES[dtype], frozen=method.keeps_formulas)
     if "position_ids" in data and not keeps_apart(model):
         raise TaskError(
