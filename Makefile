@@ -16,7 +16,7 @@ ROOMS := conf methods orchestrator tracking workers
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-ui test-gpu bench-orchestration bench-slots bench-core bench-tuning lint format ui lock clean
+.PHONY: help setup demo test test-slow test-ui test-gpu bench-orchestration bench-slots bench-core bench-tuning bench-peft lint format ui lock clean
 
 help:  ## print this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ bench-core: $(RUN) $(CORE_PEERS)/.done  ## compression of a real model, beside l
 
 bench-tuning: $(RUN)  ## training of a real model beside a bare Hugging Face script; soups and healing (about 2 hours)
 	$(BIN)/python -m benchmarks.tuning
+
+bench-peft: $(RUN)  ## every tuner of peft: what it learns, and whether it merges and reloads; writes docs/peft.md (2 minutes)
+	$(BIN)/python -m benchmarks.peft
 
 bench-slots: $(RUN)  ## where the slot time of the latest sweep went (after make demo)
 	$(BIN)/python -m benchmarks.slots
