@@ -347,6 +347,7 @@ class Builder:
         def tokens(role: str) -> str:
             size = evaluation["windows"] if role == "test" else data_config[role]
             size = {key: value for key, value in size.items() if AS_EVER.get(key) != value}
+            self.check_length("evaluation.windows" if role == "test" else f"data.{role}", size["length"], trial, model)
             if role == "train" and size.get("packing") == "separate":
                 self.check_apart(model)
             spec = {"role": role, **size, "seed": trial.data.seed}
@@ -602,6 +603,19 @@ class Builder:
             raise ConfigError(
                 f"data.train.packing=separate: {architecture} cannot keep the documents of a row apart: {reason}. "
                 "Try: data.train.packing=padded"
+            )
+
+    def check_length(self, where: str, length: int, trial: Trial, model: str) -> None:
+        """Refuses rows that are longer than what the model has positions for."""
+        config = self.plan.models[model]["config"]
+        text_config = config.get("text_config", config)
+        positions = text_config.get("max_position_embeddings", text_config.get("n_positions"))
+        before = max((getattr(stage.settings, "virtual_tokens", 0) for stage in trial.stages), default=0)
+        if positions and length + before > positions:
+            prompt = f" behind {before} of a prompt" if before else ""
+            raise ConfigError(
+                f"{where}.length={length}{prompt} is more than the {positions} tokens that the model has positions for. "
+                f"Try: {where}.length={positions - before}"
             )
 
     def need_anatomy(self, stage: Stage, model: str) -> None:

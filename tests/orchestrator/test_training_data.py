@@ -57,6 +57,24 @@ def test_a_model_whose_documents_would_see_each_other_is_refused_by_the_plan(arc
     assert rows(plan_of(*model, "data.train.packing=padded"))["packing"] == "padded"
 
 
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_rows_longer_than_the_model_has_positions_for_are_refused_by_the_plan(architecture: str, tmp_path: Path) -> None:
+    model = tiny(architecture)
+    config = model.config
+    most = config.max_position_embeddings
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    words = ["model=hf", f"model.path={tmp_path}", f"data.train.length={most}", "evaluation.windows.length=16"]
+
+    assert rows(plan_of(*words))["length"] == most
+    with pytest.raises(ConfigError, match=rf"data\.train\.length={most + 1} is more than the {most} tokens .*length={most}$"):
+        plan_of(*words, f"data.train.length={most + 1}")
+    with pytest.raises(ConfigError, match=rf"evaluation\.windows\.length={most + 1} is more than .*windows\.length={most}$"):
+        plan_of(*words, f"evaluation.windows.length={most + 1}")
+    with pytest.raises(ConfigError, match=rf"train\.length={most} behind 8 of a prompt is more .*length={most - 8}$"):
+        plan_of(*words, "method@recipe.tune=prompt_tuning", "recipe.tune.virtual_tokens=8")
+
+
 def test_what_the_assistant_says_is_learnt_of_conversations_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.train\.predict must be all unless rows are conversations.* data.rows=chat"):
         plan_of("model=tiny", "data.train.predict=assistant")

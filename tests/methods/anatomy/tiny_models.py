@@ -12,7 +12,7 @@ from pare.methods.anatomy.reads import one_expert_at_a_time
 
 HIDDEN = 40
 SIZE: dict[str, Any] = {
-    "vocab_size": 96, "hidden_size": HIDDEN, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 64,
+    "vocab_size": 96, "hidden_size": HIDDEN, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 512,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }  # fmt: skip
 GROUPED = {**SIZE, "num_key_value_heads": 2, "intermediate_size": 56}
