@@ -311,7 +311,7 @@ def test_a_submitted_sweep_that_loses_a_node_ends_like_a_local_one(user: User, n
     wait_until(lambda: nodes.alive() == 2, nodes.log)
     job = user.pare("submit", "ray", "--no-wait", *SWEEP, store, "cluster.device=cpu")[0].strip()
     wait_until(
-        lambda: published(tmp_path / "shared") >= 6 or user.jobs()[job]["status"] != "running",
+        lambda: published(tmp_path / "shared") >= 6 or user.jobs()[job]["status"] not in ("pending", "running"),
         lambda: user.pare("jobs", "logs", job)[0],
         300,
     )
