@@ -35,7 +35,7 @@ def request(store: Store, name: str, seconds: float = 0.0) -> dict[str, Any]:
 
 def replies(pool: RayPool, n: int) -> list[Reply]:
     found: list[Reply] = []
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(found) < n:
         assert time.monotonic() < deadline, found
         found += [reply for _, job in pool.wait(0.5) for reply in job]
